@@ -1,0 +1,161 @@
+"""The LightningDataModules: one stream of tokens, its tail held out, both cut into windows.
+
+B batch, T time (`max_seq_len`): every batch is (tokens (B, T), targets (B, T)), int64.
+"""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from slm.corpus import NUM_BYTES, byte_stream
+from slm.errors import check
+from slm.loader import Windows
+from slm.source import MarkovSource, UniformSource
+
+Loader = DataLoader[tuple[Tensor, Tensor]]
+
+
+class TokenData(LightningDataModule):
+    """Windows over one stream of tokens, the last `val_fraction` of it held out; a subclass says which stream.
+
+    There is one held-out split: `validate`, `test` and `predict` all read the whole of it.
+
+    Args:
+        vocab_size: number of token ids, given once, as `--model.vocab_size`.
+        max_seq_len: tokens in a window, given once, as `--model.max_seq_len`.
+        batch_size: windows in a batch, on each device.
+        val_fraction: share of the stream that is held out.
+        seed: of the order of the training windows.
+        num_workers: processes that load batches; 0 loads in the training process.
+
+    Raises:
+        InputError: an argument out of range, or (in `setup`) a stream too short for a window in each split.
+    """
+
+    tokenizer: str | None = None
+    """How text becomes tokens: None (no text), `bytes`, or the JSON text of a tokenizer."""
+    bytes_per_token: float | None = None
+    optimum: float | None = None
+    """The lowest loss that any model can be expected to reach on these windows, in nats per token; None if unknown."""
+    unigram: float | None = None
+    """The lowest expected loss of a model that ignores the context, in nats per token; None if unknown."""
+    best_accuracy: float | None = None
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_seq_len: int,
+        batch_size: int = 32,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        check(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
+        check(0.0 < val_fraction < 1.0, f"val_fraction={val_fraction} must be above 0 and below 1")
+        check(seed >= 0, f"seed={seed} must be at least 0")
+        check(num_workers >= 0, f"num_workers={num_workers} must be at least 0")
+        self.save_hyperparameters()
+        self.train_windows: Windows | None = None
+        self.val_windows: Windows | None = None
+
+    def stream(self) -> Tensor:
+        """The tokens (N,), of any integer type; called once, in `setup`."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_windows is not None:
+            return
+        stream, seq_len = self.stream(), self.hparams["max_seq_len"]
+        num_windows = (len(stream) - 1) // seq_len
+        check(
+            num_windows >= 2,
+            f"{len(stream)} tokens are too few: training and validation need a window of max_seq_len={seq_len} each, "
+            f"{2 * seq_len + 1} tokens in all; give more data or a smaller --model.max_seq_len",
+        )
+        held_out = min(max(1, round(num_windows * self.hparams["val_fraction"])), num_windows - 1)
+        boundary = len(stream) - held_out * seq_len  # whole windows, so that every held-out token is a target
+        self.train_windows = Windows(stream[:boundary], seq_len)
+        self.val_windows = Windows(stream[boundary - 1 :], seq_len)
+
+    def train_dataloader(self) -> Loader:
+        """The training windows in an order that is a function of (seed, epoch)."""
+        assert self.train_windows is not None
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            self.train_windows, num_replicas=world_size, rank=rank, seed=self.hparams["seed"]
+        )
+        return self._loader(self.train_windows, sampler)
+
+    def val_dataloader(self) -> Loader:
+        """The held-out windows, each once, in their order."""
+        assert self.val_windows is not None
+        return self._loader(self.val_windows)
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def _loader(self, windows: Windows, sampler: DistributedSampler[Any] | None = None) -> Loader:
+        num_workers = self.hparams["num_workers"]
+        return DataLoader(
+            windows,
+            batch_size=self.hparams["batch_size"],
+            sampler=sampler,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class DummyData(TokenData):
+    """Tokens from a source whose entropy is known, so the distance to the best possible loss is known too.
+
+    Args:
+        source: `markov`, a sparse second-order Markov chain with Zipf-like frequencies (`slm.source`), or `uniform`,
+            independent random tokens on which no honest model does better than ln V.
+        num_tokens: length of the stream, made in memory from `seed`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        source: Literal["markov", "uniform"] = "markov",
+        num_tokens: int = 180_000,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        check(num_tokens >= 1, f"num_tokens={num_tokens} must be at least 1")
+        kind: type[MarkovSource | UniformSource] = MarkovSource if source == "markov" else UniformSource
+        self.source = kind(self.hparams["vocab_size"], self.hparams["seed"])
+        self.optimum = self.source.optimum(self.hparams["max_seq_len"])
+        self.best_accuracy = self.source.best_accuracy(self.hparams["max_seq_len"])
+        self.unigram = self.source.unigram_entropy
+
+    def stream(self) -> Tensor:
+        return self.source.sample(self.hparams["num_tokens"])
+
+
+class TextData(TokenData):
+    """UTF-8 text as bytes: 256 ids, any language, no vocabulary file.
+
+    Args:
+        path: a text file or a folder of text files; None is the English documentation inside every Python.
+    """
+
+    tokenizer = "bytes"
+    bytes_per_token = 1.0
+
+    def __init__(self, *args: Any, path: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        vocab_size = self.hparams["vocab_size"]
+        check(
+            vocab_size == NUM_BYTES,
+            f"vocab_size={vocab_size} does not fit text as bytes, which has {NUM_BYTES} ids: "
+            f"use --model.vocab_size {NUM_BYTES} or --config configs/text.yaml",
+        )
+
+    def stream(self) -> Tensor:
+        return byte_stream(self.hparams["path"])

@@ -1,0 +1,144 @@
+"""What a run shows: its bar, its speed, the known optimum beside the loss, and the closing report."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
+
+from slm.data import TokenData
+from slm.module import LanguageModel
+
+SPEED = "train/tokens_per_second"
+HPARAMS_LOSS = "best/val_loss"
+"""The final loss in the HPARAMS tab: a tag of its own, so that it adds no point to a curve."""
+
+
+class ProgressBar(TQDMProgressBar):
+    """One line an epoch: loss, validation loss and tokens per second."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 10, leave=True)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = trainer.progress_bar_metrics
+        shown = {"loss": ("train/loss", ".3f"), "val_loss": ("val/loss", ".3f"), "tokens/s": (SPEED, ",.0f")}
+        return {name: format(metrics[tag], style) for name, (tag, style) in shown.items() if tag in metrics}
+
+
+class Throughput(Callback):
+    """Logs trained tokens over wall time between two log points, on all devices together.
+
+    Fetching data and logging count; the clock stands still from the start of a validation or the writing of a
+    checkpoint to the next training batch.
+    """
+
+    def __init__(self) -> None:
+        self._running_since: float | None = None
+        self._elapsed = 0.0
+        self._tokens = 0
+        self._logged_step = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._running_since is None:
+            self._running_since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
+    ) -> None:
+        self._tokens += batch[0].numel() * trainer.world_size
+        step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval and step % interval == 0 and step != self._logged_step:
+            self._stop_clock()
+            pl_module.log(SPEED, self._tokens / self._elapsed, prog_bar=True)
+            self._running_since = time.perf_counter()
+            self._elapsed, self._tokens, self._logged_step = 0.0, 0, step
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_clock()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._stop_clock()
+
+    def _stop_clock(self) -> None:
+        if self._running_since is not None:
+            self._elapsed += time.perf_counter() - self._running_since
+            self._running_since = None
+
+
+class KnownLimits(Callback):
+    """Logs beside the validation loss what is known of the data: its optimum, and the loss in bits per byte."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module, "test")
+
+    def _log(self, trainer: Trainer, module: LightningModule, split: str) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(module, LanguageModel)
+        if data.optimum is not None:
+            module.log(f"{split}/optimum", data.optimum)
+        if data.bytes_per_token is not None:
+            bits_per_token = module.mean_loss.compute() / math.log(2)
+            module.log(f"{split}/bits_per_byte", bits_per_token / data.bytes_per_token, sync_dist=True)
+
+
+def closing_report(
+    trainer: Trainer, data: TokenData, metrics: Mapping[str, Any], run: Path | None, command: str
+) -> str:
+    """What a run reached, the best that is possible, where everything is, and how to go on.
+
+    Args:
+        trainer: after `fit`.
+        data: what it was trained on.
+        metrics: the validation of the best checkpoint, else the last one of the run.
+        run: its folder; None where nothing was kept.
+        command: what starts the command line, without arguments.
+    """
+    lines = [*_reached(trainer, data, metrics), *_kept(trainer, run, command)]
+    return "\n".join(f"{name:<12}{text}" for name, text in lines)
+
+
+def _reached(trainer: Trainer, data: TokenData, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "val/loss" not in metrics:
+        yield "val/loss", "none: nothing was validated"
+        return
+    limit = trainer.limit_val_batches
+    partial = "" if limit == 1.0 else f" (limit_val_batches={limit}: not on all held-out windows)"
+    known = {"optimum": data.optimum, "unigram": data.unigram}
+    facts = [f"{name} {value:.3f}" for name, value in known.items() if value is not None]
+    yield "val/loss", ", ".join([f"{metrics['val/loss']:.3f}", *facts]) + partial
+    yield "perplexity", f"{metrics['val/perplexity']:.2f}"
+    ceiling = "" if data.best_accuracy is None else f", at best {data.best_accuracy:.3f}"
+    yield "accuracy", f"{metrics['val/accuracy']:.3f}{ceiling}"
+    if "val/bits_per_byte" in metrics:
+        yield "bits/byte", f"{metrics['val/bits_per_byte']:.3f}"
+
+
+def _kept(trainer: Trainer, run: Path | None, command: str) -> Iterator[tuple[str, str]]:
+    if run is None:
+        yield "run", "not kept: fast_dev_run leaves no folder, no curves and no checkpoints"
+        return
+    yield "run", str(run)
+    checkpoints = {name: run / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")}
+    for name, path in checkpoints.items():
+        yield name, str(path) if path.is_file() else "none"
+    if any(run.glob("events.out.tfevents.*")):
+        python = command.split()[0]
+        yield "see curves", f"{python} -m tensorboard.main --logdir {run.parent}"
+    else:
+        yield "see curves", "none: TensorBoard's logger is off"
+    if checkpoints["last"].is_file():
+        resume = f"{command} --ckpt_path {checkpoints['last']}"
+        yield "resume", resume
+        if 0 < trainer.max_steps <= trainer.global_step:
+            yield "go longer", f"{resume} --trainer.max_steps {2 * trainer.max_steps}"
+        elif trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch:
+            yield "go longer", f"{resume} --trainer.max_epochs {2 * trainer.max_epochs}"

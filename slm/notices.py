@@ -1,0 +1,83 @@
+"""What the libraries underneath say: notices that nobody can act on are silenced, the parser's errors made one line."""
+
+import difflib
+import logging
+import re
+import warnings
+from collections.abc import Collection
+
+LOG_LINES = {
+    "lightning.fabric.utilities.seed": ["Seed set to "],
+    "lightning.fabric.utilities.distributed": ["Initializing distributed", "-{20,}"],
+    "lightning.pytorch.utilities.rank_zero": [
+        "GPU available: ",
+        "TPU available: ",
+        "HPU available: ",
+        "LOCAL_RANK: ",
+        "Using (bfloat16|16bit) Automatic Mixed Precision",
+        ".*Tip: ",  # an advertisement
+        "Running in `fast_dev_run` mode",  # the closing report says what it lacks
+        "`Trainer.fit` stopped: ",
+        "Restoring states from the checkpoint",
+        "Restored all states from the checkpoint",
+        "Loaded model weights from the checkpoint",
+        "An .* was raised with message",  # the exception itself is shown
+    ],
+}
+"""Log lines, by logger, that tell nothing a user can act on: regular expressions for their beginning."""
+
+WARNINGS = {
+    "lightning.pytorch.utilities._pytree": ["`isinstance\\(treespec, LeafSpec\\)` is deprecated"],
+    "lightning.pytorch.trainer.connectors.data_connector": [
+        "You have overridden `on_before_batch_transfer` in `LightningModule`",  # which is where it belongs
+        "The '.*_dataloader' does not have many workers",  # the windows come from memory
+        "You requested to overfit but enabled train dataloader shuffling",
+    ],
+    "lightning.pytorch.loops.fit_loop": [
+        "The number of training batches .* is smaller than the logging interval",  # it counts on over epochs
+    ],
+    "lightning.pytorch.callbacks.model_checkpoint": [
+        "Checkpoint directory .* exists and is not empty",  # a resumed run's own
+    ],
+}
+"""Warnings, by the module that gives them, likewise."""
+
+
+def silence_notices() -> None:
+    """Silence the notices listed above, one by one; any other warning or log line still appears."""
+    for module, messages in WARNINGS.items():
+        for message in messages:
+            warnings.filterwarnings("ignore", message=message, module=re.escape(module))
+    for name, lines in LOG_LINES.items():
+        logging.getLogger(name).addFilter(_Silence(lines))
+
+
+class _Silence(logging.Filter):
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.pattern = re.compile("|".join(lines))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self.pattern.match(record.getMessage())
+
+
+def explain_parser_error(message: str, known: Collection[str]) -> str:
+    """A parser's message of many lines as one line: the setting, its value and what was expected.
+
+    Args:
+        message: what jsonargparse says.
+        known: names of all settings, to find the nearest to an unknown one.
+    """
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    unknown = re.search(r"[Oo]ption '([^']+)'|[Uu]nrecognized arguments: (?:--)?([^\s=]+)", message)
+    if unknown:
+        name = ".".join([*keys, unknown[1] or unknown[2]])
+        near = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name, known, n=1, cutoff=0)
+        return f"unknown setting {name}; the nearest known one is {near[0]}"
+    detail = message[message.rindex("Parser key") :] if keys else message
+    value = re.search(r"(?:Got|Given) value: (.+)", detail)
+    if not (keys and value):
+        return " ".join(message.split())
+    kinds = re.findall(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.+?)\])", detail[: value.start()])
+    expected = " or ".join("null" if kind == "NoneType" else kind or f"one of {choices}" for kind, choices in kinds)
+    return f"{'.'.join(keys)}={value[1]}: expected {expected}"

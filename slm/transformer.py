@@ -1,0 +1,133 @@
+"""Tokens (B, T) in, hidden states (B, T, D) out: the decoder of GPT-2, pre-norm, with a tied output layer.
+
+B batch, T time, D embedding, H heads, F feed-forward hidden, V vocabulary.
+
+The mathematics is that of GPT-2 (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners"), so its
+weights fit one to one.
+"""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slm.errors import InputError, check
+
+
+class CausalSelfAttention(nn.Module):
+    """Each position attends to itself and to those before it (Vaswani et al., 2017)."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_dropout = dropout
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.out = nn.Linear(embed_dim, embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))  # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around GPT-2's tanh approximation of GELU, at each position alone."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(embed_dim, hidden_dim)
+        self.down = nn.Linear(hidden_dim, embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down(F.gelu(self.up(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, embed_dim: int, num_heads: int, hidden_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.attn_norm = nn.LayerNorm(embed_dim)
+        self.attn = CausalSelfAttention(embed_dim, num_heads, dropout)
+        self.ff_norm = nn.LayerNorm(embed_dim)
+        self.ff = FeedForward(embed_dim, hidden_dim, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.attn_norm(x))
+        return x + self.ff(self.ff_norm(x))
+
+
+class Transformer(nn.Module):
+    """A causal Transformer language model; its constructor takes every size and has no default.
+
+    Raises:
+        InputError: a size that is not a positive whole number, heads that do not divide the embedding, a dropout
+            outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embed_dim: int,
+        num_heads: int,
+        num_layers: int,
+        hidden_dim: int,
+        max_seq_len: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "vocab_size": vocab_size,
+            "embed_dim": embed_dim,
+            "num_heads": num_heads,
+            "num_layers": num_layers,
+            "hidden_dim": hidden_dim,
+            "max_seq_len": max_seq_len,
+        }
+        for name, size in sizes.items():
+            check(size >= 1, f"{name}={size} must be at least 1")
+        check(
+            embed_dim % num_heads == 0,
+            f"embed_dim={embed_dim} is not divisible by num_heads={num_heads}: every head takes an equal share",
+        )
+        check(0.0 <= dropout < 1.0, f"dropout={dropout} must be at least 0 and below 1")
+
+        self.max_seq_len = max_seq_len
+        self.token_embedding = nn.Embedding(vocab_size, embed_dim)
+        self.position_embedding = nn.Embedding(max_seq_len, embed_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, hidden_dim, dropout) for _ in range(num_layers))
+        self.final_norm = nn.LayerNorm(embed_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """GPT-2's initialization: N(0, 0.02), residual projections divided by the root of their number, biases 0."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2:
+                is_residual = name.endswith(("attn.out.weight", "ff.down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if is_residual else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Hidden states (B, T, D) of tokens (B, T); raises InputError where T is above `max_seq_len`."""
+        seq_len = tokens.shape[1]
+        if seq_len > self.max_seq_len:
+            raise InputError(
+                f"a sequence of {seq_len} tokens is longer than max_seq_len={self.max_seq_len}: "
+                "shorten it, or train a model with a larger max_seq_len"
+            )
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding.weight[:seq_len])  # (B, T, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.final_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The output layer, tied to the token embedding: hidden states (..., D) to logits (..., V)."""
+        return F.linear(hidden, self.token_embedding.weight)
