@@ -2,10 +2,9 @@
 
 import inspect
 import os
-import re
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from slm.arguments import LINKED, read_request, read_settings
 from slm.checkpoint import (
     RUNS,
     BestCheckpoint,
@@ -33,10 +33,6 @@ from slm.hardware import accelerator_kind, resolve_precision
 from slm.module import LanguageModel, check_applicable
 from slm.monitor import HPARAMS_LOSS, KnownLimits, ProgressBar, Throughput, closing_report
 from slm.notices import explain_parser_error, silence_notices
-from slm.resume import find_start
-
-LINKED = ("vocab_size", "max_seq_len")
-"""What the data takes from the model."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,7 +62,9 @@ class CommandLine(LightningCLI):
     def __init__(self, argv: list[str]) -> None:
         self.argv = argv
         shared = {"exit_on_error": False, "allow_abbrev": False}
-        default = {"default_config_files": [str(_default_config())]}
+        default_config = _default_config()
+        read_settings(default_config)
+        default = {"default_config_files": [str(default_config)]}
         super().__init__(
             LanguageModel,
             TokenData,
@@ -84,27 +82,27 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse `argv`; with `--ckpt_path`, on top of the settings that belong to the checkpoint."""
-        subcommand, flags = _split_subcommand(self.argv, self.subcommands())
-        _refuse_linked(flags)
-        flags, ckpt_path = _take_option(flags, "ckpt_path")
-        self.start = find_start(subcommand, ckpt_path)
-        if self.start.run is not None and self.start.checkpoint is None:
-            say(f"{self.start.run} has no checkpoint yet: it starts from step 0")
-        stored = [] if self.start.config is None else [f"--config={self.start.config}"]
-        self.config = self._parse([subcommand, *stored, *flags])
-        if self.start.content is not None:
-            check_applicable(self.start.content["hyper_parameters"], dict(self.config[subcommand].model))
-        if stored:
-            before = vars(self._parse([subcommand, *stored])[subcommand].as_flat())
-            for name, value in sorted(vars(self.config[subcommand].as_flat()).items()):
-                if name != "config" and before.get(name) != value:
+        self.request = request = read_request(self.argv)
+        if request.run is not None and request.checkpoint is None:
+            say(f"{request.run} has no checkpoint yet: it starts from step 0")
+        self.config = self._parse([request.subcommand, *request.stored, *request.flags])
+        settings = self.config[request.subcommand]
+        if request.content is not None:
+            check_applicable(request.content["hyper_parameters"], dict(settings.model))
+        if request.stored:
+            before = vars(self._parse([request.subcommand, *request.stored])[request.subcommand].as_flat())
+            for name, value in sorted(vars(settings.as_flat()).items()):
+                belongs = request.run is not None or name.startswith(("model.", "data."))
+                if belongs and name != "config" and before.get(name) != value:
                     say(f"{name} is now {value} (the run had {before.get(name)})")
 
     def _parse(self, argv: list[str]) -> jsonargparse.Namespace:
         try:
             return self.parser.parse_args(argv)
         except jsonargparse.ArgumentError as error:
-            known = set(self._parser("fit").get_defaults().keys())
+            reference = self._parser("fit")
+            reference.default_config_files = []  # it may be what is wrong
+            known = set(reference.get_defaults().keys())
             for data in (DummyData, TextData, TokenData):
                 known |= {f"data.{name}" for name in inspect.signature(data).parameters}
             raise InputError(explain_parser_error(str(error), known)) from error
@@ -112,9 +110,19 @@ class CommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Put the checkpoint back in its place, now that Lightning's CLI can no longer let it override flags."""
         config = self.config[self.subcommand]
-        if self.start.checkpoint is not None and self.start.checkpoint.suffix != ".pt":
-            config.ckpt_path = str(self.start.checkpoint)
+        if self.request.content is not None and "optimizer_states" in self.request.content:
+            config.ckpt_path = str(self.request.checkpoint)
         config.weights_only = True
+
+    def instantiate_classes(self) -> None:
+        """Instantiate as the config says; a class's own InputError comes out as it is, not wrapped by the parser."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__
+            raise cause or error from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the project's precision, callbacks and run folder, which is made once all else is sound."""
@@ -123,10 +131,12 @@ class CommandLine(LightningCLI):
         if reason:
             say(reason)
         self.datamodule.setup()
-        self.run = self.start.run
-        claims = self.subcommand == "fit" and not asked.fast_dev_run and self.run is None
+        keeps = self.subcommand == "fit" and not asked.fast_dev_run
+        self.run = self.request.run if keeps else None
+        claims = keeps and self.run is None
         if claims:
-            self.run = claim_run(Path(asked.default_root_dir or "") / RUNS)
+            runs = Path(asked.default_root_dir or "") / RUNS
+            self.run = claim_run(runs) if _is_rank_zero() else runs / "of_rank_zero"
         try:
             trainer = super().instantiate_trainer(
                 precision=precision,
@@ -135,13 +145,13 @@ class CommandLine(LightningCLI):
                 callbacks=[*(asked.callbacks or []), *self._callbacks(asked)],
                 enable_progress_bar=asked.enable_progress_bar is not False and self.subcommand != "predict",
             )
-            if claims:
-                self.save_config()
-            return trainer
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            if claims and self.run is not None:
+        except (ValueError, TypeError, MisconfigurationException) as error:  # the Trainer refuses its arguments
+            if claims and self.run is not None and _is_rank_zero():
                 self.run.rmdir()
             raise InputError(str(error)) from error
+        if claims:
+            self.save_config()
+        return trainer
 
     def _logger(self, asked: Any) -> Any:
         if asked not in (None, True):
@@ -175,19 +185,17 @@ class CommandLine(LightningCLI):
         replace_file(self.run / "config.yaml", text.encode())
 
     def before_validate(self) -> None:
-        self._load_weights()
+        """Load bare weights, which the Trainer cannot."""
+        if self.request.content is not None and self.config[self.subcommand].ckpt_path is None:
+            self.model.transformer.load_state_dict(transformer_state(self.request.content))
 
     before_test = before_predict = before_validate
-
-    def _load_weights(self) -> None:
-        if self.start.checkpoint is not None and self.start.checkpoint.suffix == ".pt":
-            assert self.start.content is not None
-            self.model.transformer.load_state_dict(transformer_state(self.start.content))
 
     def after_fit(self) -> None:
         """Validate the best checkpoint, which adds no point to the curves, and print the report."""
         trainer, loggers = self.trainer, self.trainer.loggers
-        resumed_at = self.start.content["global_step"] if self.start.content is not None else None
+        self.run = trainer.strategy.broadcast(self.run)
+        resumed_at = self.request.content["global_step"] if self.request.content is not None else None
         if resumed_at == trainer.global_step:
             say(f"nothing was left to do: the run had already done its {resumed_at} steps; ask for more as below")
         metrics: Mapping[str, Any] = trainer.callback_metrics
@@ -230,6 +238,10 @@ class ConfigKeeper(Callback):
         self.command_line.save_config()
 
 
+def _is_rank_zero() -> bool:
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
+
+
 def _default_config() -> Path:
     """`configs/default.yaml`: beside the package in a clone, inside it when installed from a wheel."""
     package = Path(__file__).resolve().parent
@@ -237,31 +249,6 @@ def _default_config() -> Path:
     config = inside if inside.is_file() else beside
     check(config.is_file(), f"{beside} is missing: restore it, the Trainer's policy stands there")
     return config
-
-
-def _split_subcommand(argv: list[str], subcommands: Collection[str]) -> tuple[str, list[str]]:
-    return (argv[0], argv[1:]) if argv and argv[0] in subcommands else ("fit", argv)
-
-
-def _take_option(flags: list[str], name: str) -> tuple[list[str], str | None]:
-    """The flags without `--name`, and its last value."""
-    left, value, rest = [], None, iter(flags)
-    for flag in rest:
-        if flag == f"--{name}":
-            value = next(rest, None)
-            check(value is not None, f"--{name} needs a value")
-        elif flag.startswith(f"--{name}="):
-            value = flag.partition("=")[2]
-        else:
-            left.append(flag)
-    return left, value
-
-
-def _refuse_linked(flags: list[str]) -> None:
-    """Refuse what the parser would silently ignore: settings of the data that are taken from the model."""
-    for flag in flags:
-        match = re.match(rf"--data\.(?:init_args\.)?({'|'.join(LINKED)})(?:=|$)", flag)
-        check(match is None, f"{flag.partition('=')[0]} is taken from the model: use --model.{match and match[1]}")
 
 
 def _command() -> str:

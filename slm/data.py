@@ -123,7 +123,7 @@ class DummyData(TokenData):
         self,
         *args: Any,
         source: Literal["markov", "uniform"] = "markov",
-        num_tokens: int = 180_000,
+        num_tokens: int = 160_000,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)

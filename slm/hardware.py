@@ -2,6 +2,8 @@
 
 import torch
 
+from slm.errors import InputError
+
 
 def has_native_bf16() -> bool:
     """Whether this processor has instructions for bf16 arithmetic; without them bf16 is slower than 32-bit."""
@@ -12,14 +14,16 @@ def has_native_bf16() -> bool:
 
 
 def accelerator_kind(asked: str) -> str:
-    """The Trainer's accelerator flag resolved to what is there: `cuda`, `mps`, `cpu`, or the flag itself."""
-    if asked in ("auto", "gpu"):
-        if torch.cuda.is_available():
-            return "cuda"
-        if torch.backends.mps.is_available():
-            return "mps"
-        return "cpu" if asked == "auto" else asked
-    return asked
+    """The Trainer's accelerator flag resolved to what is there: `cuda`, `mps`, `cpu`, or another as it is.
+
+    Raises:
+        InputError: a GPU is asked for and there is none.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    found = next((kind for kind, is_there in there.items() if is_there), None)
+    if (asked == "gpu" and found is None) or not there.get(asked, True):
+        raise InputError(f"trainer.accelerator={asked}: torch finds none on this machine; leave it out, or use cpu")
+    return (found or "cpu") if asked in ("auto", "gpu") else asked
 
 
 def resolve_precision(asked: str, accelerator: str) -> tuple[str, str | None]:

@@ -84,7 +84,7 @@ class KnownLimits(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(module, LanguageModel)
         if data.optimum is not None:
-            module.log(f"{split}/optimum", data.optimum)
+            module.log(f"{split}/optimum", data.optimum, sync_dist=True)
         if data.bytes_per_token is not None:
             bits_per_token = module.mean_loss.compute() / math.log(2)
             module.log(f"{split}/bits_per_byte", bits_per_token / data.bytes_per_token, sync_dist=True)

@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Collection
 
 LOG_LINES = {
-    "lightning.fabric.utilities.seed": ["Seed set to "],
-    "lightning.fabric.utilities.distributed": ["Initializing distributed", "-{20,}"],
+    "lightning.fabric.utilities.seed": [r"(\\[rank: \\d+\\] )?Seed set to "],
+    "lightning.fabric.utilities.distributed": ["Initializing distributed: "],
     "lightning.pytorch.utilities.rank_zero": [
         "GPU available: ",
         "TPU available: ",
         "HPU available: ",
         "LOCAL_RANK: ",
+        "-{20,}",  # "distributed_backend=gloo", in a box
         "Using (bfloat16|16bit) Automatic Mixed Precision",
         ".*Tip: ",  # an advertisement
         "Running in `fast_dev_run` mode",  # the closing report says what it lacks
@@ -32,6 +33,9 @@ WARNINGS = {
         "You have overridden `on_before_batch_transfer` in `LightningModule`",  # which is where it belongs
         "The '.*_dataloader' does not have many workers",  # the windows come from memory
         "You requested to overfit but enabled train dataloader shuffling",
+    ],
+    "lightning.pytorch.trainer.call": [
+        "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # an evaluation needs none
     ],
     "lightning.pytorch.loops.fit_loop": [
         "The number of training batches .* is smaller than the logging interval",  # it counts on over epochs
@@ -71,13 +75,16 @@ def explain_parser_error(message: str, known: Collection[str]) -> str:
     keys = re.findall(r'Parser key "([^"]+)"', message)
     unknown = re.search(r"[Oo]ption '([^']+)'|[Uu]nrecognized arguments: (?:--)?([^\s=]+)", message)
     if unknown:
-        name = ".".join([*keys, unknown[1] or unknown[2]])
+        name = ".".join([*keys, *re.findall(r"Group '([^']+)'", message), unknown[1] or unknown[2]])
         near = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name, known, n=1, cutoff=0)
         return f"unknown setting {name}; the nearest known one is {near[0]}"
     detail = message[message.rindex("Parser key") :] if keys else message
     value = re.search(r"(?:Got|Given) value: (.+)", detail)
     if not (keys and value):
-        return " ".join(message.split())
+        return " ".join(re.sub('Parser key "(.+?)"', r"\1", message).split())
+    if "dot import path" in detail:
+        classes = "DummyData or TextData" if keys == ["data"] else "a name like package.module.Class"
+        return f"{'.'.join(keys)}={value[1]}: there is no such class; give {classes}"
     kinds = re.findall(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.+?)\])", detail[: value.start()])
     expected = " or ".join("null" if kind == "NoneType" else kind or f"one of {choices}" for kind, choices in kinds)
     return f"{'.'.join(keys)}={value[1]}: expected {expected}"

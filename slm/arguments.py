@@ -1,0 +1,125 @@
+"""What a command line asks for: a subcommand, its flags, and the checkpoint whose settings come before them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import get_loader
+
+from slm.checkpoint import read_checkpoint, resolve_checkpoint
+from slm.errors import InputError, check
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+LINKED = ("vocab_size", "max_seq_len")
+"""What the data takes from the model."""
+
+
+@dataclass
+class Request:
+    """A command line, taken apart."""
+
+    subcommand: str
+    flags: list[str]
+    """What was given, without subcommand and `--ckpt_path`."""
+    stored: list[str] = field(default_factory=list)
+    """Flags that bring back the settings of the checkpoint; `flags` come after them and win."""
+    checkpoint: Path | None = None
+    content: dict[str, Any] | None = None
+    """What the checkpoint holds."""
+    run: Path | None = None
+    """The folder of the run that goes on; None for a new one, and for an evaluation."""
+
+
+def read_request(argv: Sequence[str]) -> Request:
+    """Take a command line apart; `fit` is the subcommand where none is given.
+
+    With `--ckpt_path`, `fit` goes on in the folder of the checkpoint's run, with its settings. An evaluation takes
+    model, data and precision from there, and none of the limits on batches. A checkpoint outside a run's folder has
+    model and data settings in itself.
+
+    Raises:
+        InputError: a setting that cannot be given, an unreadable file of settings, an evaluation without checkpoint, a
+            checkpoint that is missing, damaged or foreign, or (`fit`) holds weights alone.
+    """
+    subcommand, given = (argv[0], argv[1:]) if argv and argv[0] in SUBCOMMANDS else ("fit", argv)
+    flags, ckpt_paths = _take_option(given, "--ckpt_path")
+    _refuse_linked(flags)
+    request = Request(subcommand, flags)
+    if ckpt_paths:
+        _find_checkpoint(request, ckpt_paths[-1])
+    elif subcommand != "fit" and not {"-h", "--help", "--print_config"} & set(flags):
+        raise InputError(f"{subcommand} needs --ckpt_path: last, best, a run folder or a checkpoint file")
+    return request
+
+
+def read_settings(config: Path) -> dict[str, Any]:
+    """The content of a YAML file of settings.
+
+    Raises:
+        InputError: the file is missing, unreadable, not YAML, or not a mapping.
+    """
+    try:
+        settings = get_loader("yaml")(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{config} cannot be read: {error.strerror}") from error
+    except Exception as error:  # the YAML library's own, which are not ours to name
+        raise InputError(f"{config} is not valid YAML: {error}") from error
+    check(isinstance(settings, dict), f"{config} holds no settings: it must be YAML like `trainer: {{max_epochs: 5}}`")
+    return settings
+
+
+def _find_checkpoint(request: Request, ckpt_path: str) -> None:
+    fitting = request.subcommand == "fit"
+    path = resolve_checkpoint(ckpt_path, prefer="last" if fitting else "best")
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    config = run / "config.yaml"
+    if fitting and ckpt_path == "last" and not path.is_file():
+        request.run = run
+        request.stored = [f"--config={config}"] if config.is_file() else []
+        return
+    request.checkpoint, request.content = path, read_checkpoint(path)
+    if fitting and "optimizer_states" not in request.content:
+        raise InputError(f"{path} holds weights alone, no run can go on from it: give the .ckpt of its run")
+    if fitting and config.is_file():
+        request.run = run
+        request.stored = [f"--config={config}"]
+        return
+    if config.is_file():
+        stored = read_settings(config)
+        missing = {"model", "data", "trainer"} - stored.keys()
+        check(
+            not missing, f"{config} has no settings of {sorted(missing)}: restore it, or copy the checkpoint elsewhere"
+        )
+        settings = {"model": stored["model"], "data": stored["data"]}
+        settings["trainer"] = {"precision": stored["trainer"]["precision"]}
+    else:
+        settings = {"model": request.content["hyper_parameters"]}
+        if "data" in request.content:
+            settings["data"] = request.content["data"]
+    request.stored = [f"--config={json.dumps(settings)}"]
+
+
+def _take_option(flags: Sequence[str], *names: str) -> tuple[list[str], list[str]]:
+    """The flags without the options of these names, and the values that those had."""
+    left, values, rest = [], [], iter(flags)
+    for flag in rest:
+        name, equals, value = flag.partition("=")
+        if name not in names:
+            left.append(flag)
+        else:
+            values.append(value if equals else next(rest, ""))
+            check(values[-1] != "", f"{name} needs a value")
+    return left, values
+
+
+def _refuse_linked(flags: list[str]) -> None:
+    """Refuse what the parser would silently ignore: settings of the data that are taken from the model."""
+    given = {flag.partition("=")[0].removeprefix("--").replace(".init_args", "") for flag in flags}
+    for config in _take_option(flags, "-c", "--config")[1]:
+        data = read_settings(Path(config)).get("data")
+        if isinstance(data, dict):
+            given |= {f"data.{name}" for name in {**data, **(data.get("init_args") or {})}}
+    for name in LINKED:
+        check(f"data.{name}" not in given, f"data.{name} is taken from the model: set model.{name} instead")
