@@ -13,7 +13,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -31,7 +30,7 @@ from slm.data import DummyData, TextData, TokenData
 from slm.errors import InputError, check
 from slm.hardware import accelerator_kind, resolve_precision
 from slm.module import LanguageModel, check_applicable
-from slm.monitor import HPARAMS_LOSS, KnownLimits, ProgressBar, Throughput, closing_report
+from slm.monitor import HPARAMS_LOSS, KnownLimits, ProgressBar, StepMonitor, closing_report
 from slm.notices import explain_parser_error, silence_notices
 
 
@@ -165,9 +164,7 @@ class CommandLine(LightningCLI):
         if asked.enable_progress_bar is not False and self.subcommand != "predict":
             callbacks.append(ProgressBar())
         if self.subcommand == "fit":
-            callbacks += [Throughput(), SelfContained()]
-            if asked.logger is not False and not asked.fast_dev_run:
-                callbacks.append(LearningRateMonitor("step"))
+            callbacks += [StepMonitor(), SelfContained()]
         if self.run is not None:
             callbacks.append(ConfigKeeper(self))
             if asked.enable_checkpointing is not False:
@@ -195,9 +192,10 @@ class CommandLine(LightningCLI):
         """Validate the best checkpoint, which adds no point to the curves, and print the report."""
         trainer, loggers = self.trainer, self.trainer.loggers
         self.run = trainer.strategy.broadcast(self.run)
-        resumed_at = self.request.content["global_step"] if self.request.content is not None else None
-        if resumed_at == trainer.global_step:
-            say(f"nothing was left to do: the run had already done its {resumed_at} steps; ask for more as below")
+        done_before = self.request.content["global_step"] if self.request.content is not None else None
+        has_trained = trainer.global_step != done_before
+        if not has_trained:
+            say(f"nothing was left to do: the run had already done its {done_before} steps; ask for more as below")
         metrics: Mapping[str, Any] = trainer.callback_metrics
         best = self.run / "checkpoints" / "best.ckpt" if self.run is not None else None
         if best is not None and best.is_file():
@@ -208,9 +206,9 @@ class CommandLine(LightningCLI):
                 self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False, weights_only=True
             )
             for logger in loggers:
-                if isinstance(logger, TensorBoardLogger):
+                if isinstance(logger, TensorBoardLogger) and has_trained:
                     hparams = {**self.datamodule.hparams, **self.model.hparams}
-                    logger.log_hyperparams(hparams, {HPARAMS_LOSS: metrics["val/loss"]})
+                    logger.log_hyperparams(hparams, {HPARAMS_LOSS: metrics["val/loss"]}, trainer.global_step)
                     logger.save()
         if trainer.is_global_zero:
             print(closing_report(trainer, self.datamodule, metrics, self.run, _command()))

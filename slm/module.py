@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 from slm.checkpoint import read_checkpoint, resolve_checkpoint, transformer_state
 from slm.errors import InputError, check
@@ -74,9 +74,10 @@ class LanguageModel(LightningModule):
         check(min_learning_rate >= 0, f"min_learning_rate={min_learning_rate} must be at least 0")
         self.save_hyperparameters()
         self.transformer = Transformer(vocab_size, embed_dim, num_heads, num_layers, hidden_dim, max_seq_len, dropout)
-        # nan_strategy: the default leaves a NaN out of the mean, and the loss looks finite
-        self.mean_loss = MeanMetric(nan_strategy="disable")
-        self.accuracy = MeanMetric(nan_strategy="disable")
+        # sums, because MeanMetric leaves a NaN out of the mean or, told not to (torchmetrics 1.9), the weights
+        self.loss_sum = SumMetric(nan_strategy="disable")
+        self.num_correct = SumMetric(nan_strategy="disable")
+        self.num_tokens = SumMetric(nan_strategy="disable")
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of tokens (B, T)."""
@@ -104,8 +105,9 @@ class LanguageModel(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         tokens, targets = batch
         logits, targets = self(tokens).flatten(0, 1).float(), targets.flatten()  # (BT, V), (BT,)
-        self.mean_loss.update(F.cross_entropy(logits, targets), weight=targets.numel())
-        self.accuracy.update((logits.argmax(-1) == targets).float().mean(), weight=targets.numel())
+        self.loss_sum.update(F.cross_entropy(logits, targets, reduction="sum"))
+        self.num_correct.update((logits.argmax(-1) == targets).sum())
+        self.num_tokens.update(targets.numel())
 
     test_step = validation_step
 
@@ -119,12 +121,16 @@ class LanguageModel(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
 
+    def mean_loss(self) -> Tensor:
+        """Mean loss over all tokens evaluated since the evaluation began, on all devices, in nats."""
+        return self.loss_sum.compute() / self.num_tokens.compute()
+
     def _log_evaluation(self, split: str) -> Tensor:
-        loss, accuracy = self.mean_loss.compute(), self.accuracy.compute()
+        loss, accuracy = self.mean_loss(), self.num_correct.compute() / self.num_tokens.compute()
         self.log(f"{split}/loss", loss, prog_bar=True, sync_dist=True)
         self.log_dict({f"{split}/perplexity": loss.exp(), f"{split}/accuracy": accuracy}, sync_dist=True)
-        self.mean_loss.reset()
-        self.accuracy.reset()
+        for metric in (self.loss_sum, self.num_correct, self.num_tokens):
+            metric.reset()
         return loss
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -156,7 +162,7 @@ class LanguageModel(LightningModule):
         )
         # Lightning would step it once an epoch and after the checkpoint is written: an interval that never comes
         # leaves that to on_validation_epoch_end, which runs at every validation and before
-        schedule = {"scheduler": scheduler, "monitor": "val/loss", "name": "lr", "frequency": sys.maxsize}
+        schedule = {"scheduler": scheduler, "monitor": "val/loss", "frequency": sys.maxsize}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

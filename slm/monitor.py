@@ -31,8 +31,8 @@ class ProgressBar(TQDMProgressBar):
         return {name: format(metrics[tag], style) for name, (tag, style) in shown.items() if tag in metrics}
 
 
-class Throughput(Callback):
-    """Logs trained tokens over wall time between two log points, on all devices together.
+class StepMonitor(Callback):
+    """Logs the learning rate, and trained tokens over wall time between two log points, on all devices together.
 
     Fetching data and logging count; the clock stands still from the start of a validation or the writing of a
     checkpoint to the next training batch.
@@ -56,6 +56,7 @@ class Throughput(Callback):
         if interval and step % interval == 0 and step != self._logged_step:
             self._stop_clock()
             pl_module.log(SPEED, self._tokens / self._elapsed, prog_bar=True)
+            pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"])
             self._running_since = time.perf_counter()
             self._elapsed, self._tokens, self._logged_step = 0.0, 0, step
 
@@ -86,7 +87,7 @@ class KnownLimits(Callback):
         if data.optimum is not None:
             module.log(f"{split}/optimum", data.optimum, sync_dist=True)
         if data.bytes_per_token is not None:
-            bits_per_token = module.mean_loss.compute() / math.log(2)
+            bits_per_token = module.mean_loss() / math.log(2)
             module.log(f"{split}/bits_per_byte", bits_per_token / data.bytes_per_token, sync_dist=True)
 
 

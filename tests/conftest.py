@@ -1,0 +1,94 @@
+"""What all tests share: one thread, so that results are the same bits on every machine of a kind, and small sizes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from slm.cli import main
+from slm.data import DummyData, TokenData
+from slm.module import LanguageModel
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"vocab_size": 20, "embed_dim": 16, "num_heads": 2, "num_layers": 1, "hidden_dim": 32, "max_seq_len": 16}
+SMALL_FLAGS = [f"--model.{name}={size}" for name, size in SMALL.items()] + ["--data.num_tokens=2000"]
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def slm(workdir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command line in this process, in an empty directory; returns all that it prints."""
+
+    def run(*argv: str) -> str:
+        capsys.readouterr()
+        main(list(argv))
+        return "".join(capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(workdir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command line, which must refuse: exit status 2, one line on stderr, no new file; returns the line."""
+
+    def run(*argv: str) -> str:
+        before = sorted(workdir.rglob("*"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main(list(argv))
+        assert exit_info.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("precision ")]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        assert [path for path in sorted(workdir.rglob("*")) if path not in before and path.name != "runs"] == []
+        return lines[0]
+
+    return run
+
+
+def small_model(**changes: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(**{**SMALL, **changes})
+
+
+def small_data(**changes: Any) -> DummyData:
+    return DummyData(**{"vocab_size": 20, "max_seq_len": 16, "num_tokens": 2000, **changes})
+
+
+def fit(model: LanguageModel, data: TokenData | None = None, **flags: Any) -> Trainer:
+    """Train without any of the command line's help."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            **quiet,
+            **flags,
+        }
+    )
+    trainer.fit(model, datamodule=data or small_data())
+    return trainer
+
+
+def run_command(*argv: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """A real process of this interpreter."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(
+        [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )

@@ -1,0 +1,202 @@
+import os
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from conftest import fit, small_data, small_model
+
+from slm.corpus import END_OF_TEXT, byte_stream
+from slm.data import DummyData, TextData
+from slm.errors import InputError
+from slm.loader import Windows
+
+
+def text_data(**changes: object) -> TextData:
+    return TextData(**{"vocab_size": 256, "max_seq_len": 8, **changes})  # type: ignore[arg-type]
+
+
+def test_windows_cover_the_stream_and_targets_are_the_tokens_one_later() -> None:
+    stream = torch.arange(35, dtype=torch.uint8)
+    windows = Windows(stream, seq_len=8)
+    assert len(windows) == 4
+    for k in range(4):
+        tokens, targets = windows[k]
+        assert tokens.tolist() == list(range(8 * k, 8 * k + 8))
+        assert targets.tolist() == list(range(8 * k + 1, 8 * k + 9))
+        assert tokens.dtype == targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize("index", [-1, 4, 100])
+def test_a_window_that_is_not_there_raises_index_error(index: int) -> None:
+    with pytest.raises(IndexError):
+        Windows(torch.arange(35), seq_len=8)[index]
+
+
+def test_every_held_out_token_is_a_target_once_and_no_training_target() -> None:
+    data = small_data(num_tokens=1003, val_fraction=0.3)
+    data.setup()
+    assert data.train_windows is not None
+    assert data.val_windows is not None
+    held_out = len(data.val_windows) * 16
+    assert held_out == pytest.approx(0.3 * 1003, abs=16)
+    assert len(data.val_windows.stream) == held_out + 1
+    assert len(data.train_windows.stream) == 1003 - held_out
+    whole = small_data(num_tokens=1003).stream()
+    assert torch.equal(torch.cat([data.train_windows.stream, data.val_windows.stream[1:]]), whole)
+
+
+def test_an_epoch_shows_each_training_window_once_in_an_order_of_its_own() -> None:
+    data = small_data()
+    data.setup()
+    loader = data.train_dataloader()
+    orders = []
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        orders.append([tuple(row) for tokens, _ in loader for row in tokens.tolist()])
+    assert data.train_windows is not None
+    in_stream_order = sorted(
+        tuple(tokens.tolist()) for tokens, _ in (data.train_windows[k] for k in range(len(data.train_windows)))
+    )
+    assert sorted(orders[0]) == sorted(orders[1]) == in_stream_order
+    assert orders[0] != orders[1]
+
+
+def test_the_order_of_the_windows_follows_the_seed() -> None:
+    def order(seed: int) -> list[int]:
+        data = small_data(seed=seed)
+        data.setup()
+        return list(data.train_dataloader().sampler)
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+def test_workers_deliver_the_same_batches_as_the_training_process() -> None:
+    batches = []
+    for num_workers in (0, 2):
+        data = small_data(num_workers=num_workers)
+        data.setup()
+        batches.append([tokens for tokens, _ in data.train_dataloader()])
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_evaluation_reads_the_held_out_windows_in_their_order() -> None:
+    data = small_data(val_fraction=0.5, batch_size=7)
+    data.setup()
+    assert data.val_windows is not None
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        tokens = torch.cat([tokens for tokens, _ in loader])
+        assert torch.equal(tokens.flatten(), data.val_windows.stream[:-1])
+
+
+def test_dummy_data_knows_what_can_be_reached() -> None:
+    data = DummyData(50, 16)
+    assert data.optimum == data.source.optimum(16)
+    assert data.unigram == data.source.unigram_entropy
+    assert data.best_accuracy == data.source.best_accuracy(16)
+    assert data.tokenizer is None
+    assert data.bytes_per_token is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"val_fraction": 0.0}, "val_fraction=0.0 must be above 0"),
+        ({"val_fraction": 1.0}, "val_fraction=1.0 must be above 0 and below 1"),
+        ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"num_tokens": 0}, "num_tokens=0 must be at least 1"),
+    ],
+)
+def test_an_argument_out_of_range_is_refused_with_its_value(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        small_data(**changes)
+
+
+def test_a_stream_too_short_for_two_windows_is_refused_and_one_just_long_enough_is_not() -> None:
+    with pytest.raises(InputError, match=r"32 tokens are too few.*max_seq_len=16.*33 tokens"):
+        small_data(num_tokens=32).setup()
+    data = small_data(num_tokens=33)
+    data.setup()
+    assert data.train_windows is not None
+    assert data.val_windows is not None
+    assert (len(data.train_windows), len(data.val_windows)) == (1, 1)
+
+
+def test_text_is_its_bytes_closed_by_an_id_that_utf8_never_contains(tmp_path: Path) -> None:
+    text = "naïve Ωμέγα 語 🙂\r\n\0 end"
+    file = tmp_path / "text.txt"
+    file.write_bytes(text.encode())
+    stream = bytes(byte_stream(str(file)).tolist())
+    assert stream == text.encode() + bytes([END_OF_TEXT])
+    assert bytes([END_OF_TEXT]) not in "".join(map(chr, range(0x800))).encode()
+
+
+def test_a_folder_is_read_recursively_in_the_order_of_names_without_hidden_files(tmp_path: Path) -> None:
+    for name, text in [("b.txt", "B"), ("a/z.txt", "AZ"), ("a.txt", "A"), (".git/config", "no"), ("a/.hidden", "no")]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert bytes(byte_stream(str(tmp_path)).tolist()) == b"A\xffAZ\xffB\xff"
+
+
+def test_without_a_path_the_text_is_pythons_own_documentation() -> None:
+    documents = bytes(byte_stream(None).tolist()).split(b"\xff")
+    assert documents.pop() == b""
+    assert sorted(documents) == sorted(text.encode() for text in topics.values())
+    assert sum(map(len, documents)) > 300_000
+
+
+def test_text_data_is_bytes_with_one_byte_a_token_and_trains() -> None:
+    data = text_data()
+    assert (data.tokenizer, data.bytes_per_token, data.optimum) == ("bytes", 1.0, None)
+    trainer = fit(small_model(vocab_size=256, max_seq_len=8), data, max_steps=2, limit_val_batches=1)
+    assert trainer.global_step == 2
+
+
+def test_text_with_another_vocabulary_than_bytes_is_refused_with_both_numbers() -> None:
+    with pytest.raises(InputError, match=r"vocab_size=10000 .* 256 ids"):
+        TextData(10_000, 128)
+
+
+def refuse_text(path: Path, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error_info:
+        text_data(path=str(path)).setup()
+    assert "\n" not in str(error_info.value)
+
+
+def test_a_missing_path_is_refused(tmp_path: Path) -> None:
+    refuse_text(tmp_path / "nothing.txt", "nothing.txt: there is no such file or folder")
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    refuse_text(tmp_path, "the folder holds no files")
+
+
+def test_an_empty_file_is_refused_as_too_short(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    refuse_text(tmp_path / "empty.txt", "1 tokens are too few")
+
+
+def test_text_that_is_not_utf8_is_refused_with_file_and_offset(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    refuse_text(tmp_path, r"latin.txt is not UTF-8 text: byte 0xe9 at offset 3")
+
+
+def test_a_binary_file_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    refuse_text(tmp_path / "picture.png", r"picture.png is a binary file: byte 0x89 at offset 0")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "secret.txt"
+    file.write_text("secret")
+    file.chmod(0)
+    refuse_text(file, "secret.txt cannot be read: Permission denied")
+
+
+def test_a_file_that_fails_while_it_is_read_is_refused_with_the_reason() -> None:
+    refuse_text(Path("/proc/self/mem"), "/proc/self/mem cannot be read")
