@@ -3,10 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import get_loader
+from lightning.pytorch import Trainer
 
 from slm.checkpoint import read_checkpoint, resolve_checkpoint
 from slm.errors import InputError, check
@@ -14,6 +16,36 @@ from slm.errors import InputError, check
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 LINKED = ("vocab_size", "max_seq_len")
 """What the data takes from the model."""
+
+
+class CommandLineTrainer(Trainer):
+    """Lightning's Trainer, for a parser that is to read a whole number of batches as that many.
+
+    Lightning declares these as `Optional[Union[int, float]]`, which Python's cache of types turns into float before int
+    where another package was first: `--trainer.limit_val_batches 1` then quietly means 1.0, all of them.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            *args,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            overfit_batches=overfit_batches,
+            val_check_interval=val_check_interval,
+            **kwargs,
+        )
 
 
 @dataclass

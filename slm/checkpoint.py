@@ -7,7 +7,6 @@ plain dictionary in `simple_language_model.pt`.
 import io
 import os
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +83,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     check(path.is_file(), f"{path}: there is no such checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} is damaged or not a checkpoint: torch.load refuses it") from error
     known = isinstance(content, dict) and {"hyper_parameters", "state_dict"} <= content.keys()
     check(known, f"{path} is not a checkpoint of this project: it has no hyper_parameters and state_dict")

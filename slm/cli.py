@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slm.arguments import LINKED, read_request, read_settings
+from slm.arguments import LINKED, CommandLineTrainer, read_request, read_settings
 from slm.checkpoint import (
     RUNS,
     BestCheckpoint,
@@ -68,6 +68,7 @@ class CommandLine(LightningCLI):
             LanguageModel,
             TokenData,
             subclass_mode_data=True,
+            trainer_class=CommandLineTrainer,
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,

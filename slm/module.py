@@ -210,7 +210,8 @@ def load(ckpt_path: str | Path) -> LanguageModel:
     path = resolve_checkpoint(ckpt_path, prefer="best")
     content = read_checkpoint(path)
     try:
-        model = LanguageModel(**content["hyper_parameters"])
+        with torch.random.fork_rng(devices=[]):  # a new model draws its weights from the caller's random numbers
+            model = LanguageModel(**content["hyper_parameters"])
         model.transformer.load_state_dict(transformer_state(content))
     except (TypeError, RuntimeError) as error:
         raise InputError(f"{path} does not fit this version of the model: {error}") from error

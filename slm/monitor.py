@@ -112,7 +112,8 @@ def _reached(trainer: Trainer, data: TokenData, metrics: Mapping[str, Any]) -> I
         yield "val/loss", "none: nothing was validated"
         return
     limit = trainer.limit_val_batches
-    partial = "" if limit == 1.0 else f" (limit_val_batches={limit}: not on all held-out windows)"
+    whole = isinstance(limit, float) and limit == 1.0  # the whole number 1 is one batch
+    partial = "" if whole else f" (limit_val_batches={limit}: not on all held-out windows)"
     known = {"optimum": data.optimum, "unigram": data.unigram}
     facts = [f"{name} {value:.3f}" for name, value in known.items() if value is not None]
     yield "val/loss", ", ".join([f"{metrics['val/loss']:.3f}", *facts]) + partial
@@ -142,4 +143,4 @@ def _kept(trainer: Trainer, run: Path | None, command: str) -> Iterator[tuple[st
         if 0 < trainer.max_steps <= trainer.global_step:
             yield "go longer", f"{resume} --trainer.max_steps {2 * trainer.max_steps}"
         elif trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch:
-            yield "go longer", f"{resume} --trainer.max_epochs {2 * trainer.max_epochs}"
+            yield "go longer", f"{resume} --trainer.max_epochs {2 * trainer.current_epoch}"

@@ -53,7 +53,9 @@ def silence_notices() -> None:
         for message in messages:
             warnings.filterwarnings("ignore", message=message, module=re.escape(module))
     for name, lines in LOG_LINES.items():
-        logging.getLogger(name).addFilter(_Silence(lines))
+        logger = logging.getLogger(name)
+        if not any(isinstance(present, _Silence) for present in logger.filters):
+            logger.addFilter(_Silence(lines))
 
 
 class _Silence(logging.Filter):

@@ -1,0 +1,126 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL_FLAGS, fit, small_data, small_model
+from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from slm import monitor
+from slm.data import DummyData
+from slm.monitor import KnownLimits, StepMonitor
+
+Run = Callable[..., str]
+RUN = Path("runs/version_0")
+
+
+class Clock:
+    """Time that passes only where the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Costs(Callback):
+    """Takes a second for a training step, and a hundred for a validation and for a checkpoint."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.speeds: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if "train/tokens_per_second" in trainer.callback_metrics:
+            self.speeds.append(trainer.callback_metrics["train/tokens_per_second"].item())
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        self.clock.now += 1.0
+
+    def on_validation_epoch_end(self, *_: Any) -> None:
+        self.clock.now += 100.0
+
+    def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.save_checkpoint("any.ckpt")
+        self.clock.now += 100.0
+
+
+def test_speed_counts_training_and_leaves_out_validation_and_saving(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(monitor, "time", clock)
+    costs = Costs(clock)
+    data = small_data(batch_size=8)
+    data.setup()
+    assert len(data.train_dataloader()) == 14
+    fit(small_model(), data, max_epochs=3, log_every_n_steps=4, callbacks=[StepMonitor(), costs])
+    assert costs.speeds == [pytest.approx(8 * 16)] * (3 * 14 - 3)
+
+
+def test_speed_counts_the_tokens_of_an_accumulated_step() -> None:
+    class Seen(Callback):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.tokens.append(step_monitor._tokens)
+
+    step_monitor = StepMonitor()
+    seen = Seen()
+    fit(
+        small_model(),
+        small_data(batch_size=10),
+        accumulate_grad_batches=3,
+        log_every_n_steps=1,
+        limit_train_batches=6,
+        callbacks=[step_monitor, seen],
+    )
+    assert seen.tokens == [160, 320, 0, 160, 320, 0]
+
+
+@pytest.fixture
+def curves(slm: Run) -> EventAccumulator:
+    slm(*SMALL_FLAGS, "--data.batch_size=4", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false")
+    return EventAccumulator(str(RUN)).Reload()
+
+
+def test_a_run_of_a_few_dozen_steps_has_every_curve(curves: EventAccumulator) -> None:
+    tags = set(curves.Tags()["scalars"])
+    train = {"train/loss", "train/grad_norm", "train/tokens_per_second", "lr"}
+    validation = {"val/loss", "val/perplexity", "val/accuracy", "val/optimum"}
+    assert train | validation <= tags
+    assert tags - train - validation == {"epoch", "best/val_loss"}
+    for tag in train:
+        assert [point.step for point in curves.Scalars(tag)] == [9, 19, 29, 39, 49], tag
+    for tag in validation:
+        assert len(curves.Scalars(tag)) == 2, tag
+
+
+def test_the_optimum_stands_beside_the_loss(curves: EventAccumulator) -> None:
+    data = DummyData(20, 16)
+    assert [point.value for point in curves.Scalars("val/optimum")] == [pytest.approx(data.optimum)] * 2
+    assert [p.step for p in curves.Scalars("val/optimum")] == [p.step for p in curves.Scalars("val/loss")]
+
+
+def test_the_hyper_parameters_of_a_finished_run_stand_with_its_final_loss(curves: EventAccumulator) -> None:
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    content = curves.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["embed_dim"].number_value == 16
+    assert hparams["batch_size"].number_value == 4
+    best = min(point.value for point in curves.Scalars("val/loss"))
+    assert curves.Scalars("best/val_loss")[-1].value == pytest.approx(best, abs=1e-3)
+
+
+def test_bits_per_byte_are_known_where_the_bytes_of_a_token_are() -> None:
+    data = small_data()
+    data.bytes_per_token = 4.0
+    metrics = fit(small_model(), data, callbacks=[KnownLimits()]).callback_metrics
+    expected = metrics["val/loss"] / torch.log(torch.tensor(2.0)) / 4.0
+    assert metrics["val/bits_per_byte"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert "val/bits_per_byte" not in fit(small_model(), small_data(), callbacks=[KnownLimits()]).callback_metrics

@@ -1,0 +1,83 @@
+"""Every command in the README is parsed and run here; the two that set an environment up are run by `.ci/run`."""
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_command
+
+import slm as package
+from slm.cli import main
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()]
+SETUP = [line for line in COMMANDS if line.startswith("python3 -m venv")]
+TRAIN = [line for line in COMMANDS if line.startswith("python train.py")]
+OTHER = [line for line in COMMANDS if line not in SETUP + TRAIN]
+SHORTER = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
+SMALLER = ["--model.embed_dim=16", "--model.hidden_dim=32", "--model.num_layers=1", "--model.max_seq_len=32"]
+
+
+def test_each_command_is_of_a_kind_that_is_run() -> None:
+    assert len(SETUP) == 2
+    assert len(TRAIN) >= 8
+    assert OTHER[0] == "source .venv/bin/activate"
+    assert OTHER[1] == "tensorboard --logdir runs"
+    assert [line.split()[:2] for line in OTHER[2:]] == [["python", "-c"]]
+
+
+def test_the_ci_runs_the_very_set_up_lines() -> None:
+    script = (ROOT / ".ci/run").read_text()
+    patterns = re.findall(r"grep -m1 '(.+?)' README\.md", script)
+    assert [next(line for line in README.splitlines() if re.search(pattern, line)) for pattern in patterns] == SETUP
+
+
+def test_the_commands_run_one_after_another(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(ROOT / "README.md", workdir)
+    (workdir / "configs").symlink_to(ROOT / "configs")
+    first = SETUP[0].partition("train.py ")[2]
+    main([*shlex.split(first), *SHORTER, *SMALLER])
+    for line in TRAIN:
+        argv = shlex.split(line, comments=True)[2:]
+        if "needs a GPU" in line:
+            with pytest.raises(SystemExit):
+                main([*argv, "--print_config"])
+            continue
+        evaluates = argv[0] in ("validate", "test", "predict")
+        resumes = "--ckpt_path" in argv
+        main([*argv, *([] if evaluates else SHORTER), *([] if resumes else SMALLER)])
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["version_0", "version_1", "version_2", "version_3"]
+    tensorboard = shlex.split(OTHER[1])
+    result = run_command("-m", "tensorboard.main", *tensorboard[1:], "--inspect", cwd=workdir)
+    assert "train/loss" in result.stdout or "val/loss" in result.stdout, result.stderr
+
+
+def test_the_python_example_runs(slm: Callable[..., str]) -> None:
+    slm("--trainer.max_epochs=1", *SHORTER, *SMALLER)
+    [example] = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    names: dict[str, package.LanguageModel] = {}
+    exec(example, names)
+    assert not names["model"].training
+
+
+def test_the_entropies_quoted_are_those_that_the_command_beside_them_prints(workdir: Path) -> None:
+    printed = run_command(*shlex.split(OTHER[2])[1:], cwd=workdir).stdout.split()
+    [quoted] = re.findall(r"allows a loss of ([\d.]+), the last two ([\d.]+)", README.replace("\n", " "))
+    assert [f"{float(value):.2f}" for value in printed] == list(quoted)
+
+
+def test_the_defaults_in_the_table_are_those_in_force() -> None:
+    result = run_command(str(ROOT / "train.py"), "--print_config", cwd=ROOT)
+    stated = {}
+    for flags, values in re.findall(r"^\| (`--.+?`) \| (.+?) \|", README, re.M):
+        names = re.findall(r"`--([\w.]+)`", flags)
+        defaults = [value.strip() for value in values.split(",")]
+        stated |= dict(zip(names, defaults if len(defaults) == len(names) else defaults * len(names), strict=True))
+    assert len(stated) > 15
+    for name, value in stated.items():
+        key = name.rpartition(".")[2]
+        [actual] = re.findall(rf"^ +{key}: (.+)$", result.stdout, re.M)
+        assert actual == value.replace("none", "null"), name

@@ -1,0 +1,278 @@
+"""Runs that go on: which checkpoint, which folder, which settings; and models that are loaded back."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL_FLAGS
+from jsonargparse import get_loader
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import slm as package
+from slm.checkpoint import newest_run, read_checkpoint, resolve_checkpoint
+from slm.errors import InputError
+
+Run = Callable[..., str]
+RUN = Path("runs/version_0")
+LAST = RUN / "checkpoints/last.ckpt"
+SMALL = [*SMALL_FLAGS, "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
+
+
+@pytest.fixture
+def trained(slm: Run) -> Path:
+    """A run of two epochs with settings of its own, in runs/version_0."""
+    slm(*SMALL, "--trainer.max_epochs=2", "--data.seed=3", "--trainer.precision=32-true")
+    return RUN
+
+
+def config() -> dict[str, Any]:
+    return get_loader("yaml")((RUN / "config.yaml").read_text())
+
+
+def steps(path: Path = LAST) -> int:
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+def test_a_run_goes_on_with_its_own_settings_in_its_own_folder(slm: Run, trained: Path) -> None:
+    before, done = config(), steps()
+    output = slm("--ckpt_path", str(LAST), "--trainer.max_epochs", "4")
+    assert steps() == 2 * done
+    assert "trainer.max_epochs is now 4 (the run had 2)" in output
+    assert output.count("is now") == 1
+    assert [path.name for path in Path("runs").iterdir()] == ["version_0"]
+    before["trainer"]["max_epochs"] = 4
+    assert config() == before
+    assert config()["data"]["init_args"]["seed"] == 3
+
+
+def test_the_curve_goes_on_where_it_stopped(slm: Run, trained: Path) -> None:
+    slm("--ckpt_path=last", "--trainer.max_epochs=4")
+    events = EventAccumulator(str(RUN)).Reload()
+    points = [point.step for point in events.Scalars("train/loss")]
+    assert points == list(range(steps()))
+    validations = [point.step for point in events.Scalars("val/loss")]
+    assert len(validations) == len(set(validations)) == 4
+
+
+def test_the_stored_precision_is_the_one_asked_for_and_not_what_it_became(slm: Run) -> None:
+    slm(*SMALL, "--trainer.max_epochs=1")
+    slm("--ckpt_path=last", "--trainer.max_epochs=2")
+    assert config()["trainer"]["precision"] == "16-mixed"
+
+
+def test_last_is_the_run_with_the_highest_number(slm: Run, trained: Path) -> None:
+    shutil.copytree(trained, "runs/version_10")
+    shutil.copytree(trained, "runs/version_9")
+    slm("--ckpt_path=last", "--trainer.max_epochs=3")
+    assert steps(Path("runs/version_10/checkpoints/last.ckpt")) > steps()
+
+
+def test_the_newest_run_without_a_checkpoint_starts_at_step_0_in_its_folder_with_its_settings(
+    slm: Run, trained: Path
+) -> None:
+    newest = Path("runs/version_1")
+    newest.mkdir()
+    shutil.copy(trained / "config.yaml", newest)
+    output = slm("--ckpt_path=last")
+    assert "runs/version_1 has no checkpoint yet: it starts from step 0" in output
+    assert steps(newest / "checkpoints/last.ckpt") == steps()
+    assert not Path("runs/version_2").exists()
+
+
+def test_a_finished_run_says_so_and_changes_nothing(slm: Run, trained: Path) -> None:
+    before = LAST.read_bytes()
+    output = slm("--ckpt_path=last")
+    assert re.search(r"nothing was left to do: the run had already done its \d+ steps", output)
+    assert "--trainer.max_epochs 4" in output
+    assert LAST.read_bytes() == before
+
+
+def test_a_flag_wins_over_the_stored_value_in_what_is_trained_too(slm: Run, trained: Path) -> None:
+    output = slm("--ckpt_path=last", "--trainer.max_epochs=3", "--model.learning_rate=0.0005")
+    assert "model.learning_rate is now 0.0005 (the run had 0.001)" in output
+    stored = torch.load(LAST, weights_only=True)
+    assert stored["optimizer_states"][0]["param_groups"][0]["lr"] == 0.0005
+    assert stored["hyper_parameters"]["learning_rate"] == 0.0005
+    assert config()["model"]["learning_rate"] == 0.0005
+
+
+@pytest.mark.parametrize("change", ["embed_dim=32", "num_heads=4", "vocab_size=30", "max_seq_len=8", "optimizer=sgd"])
+def test_a_flag_that_the_weights_cannot_follow_is_refused_with_both_values(
+    trained: Path, refused: Run, change: str
+) -> None:
+    before = (RUN / "config.yaml").read_bytes()
+    name = change.partition("=")[0]
+    stored = read_checkpoint(LAST)["hyper_parameters"][name]
+    message = refused("--ckpt_path=last", f"--model.{change}")
+    assert f"{change} cannot apply to a checkpoint trained with {name}={stored}" in message
+    assert (RUN / "config.yaml").read_bytes() == before
+
+
+def test_a_checkpoint_copied_away_brings_model_and_data_settings_with_it(slm: Run, trained: Path) -> None:
+    done = steps()
+    shutil.copy(LAST, "copy.ckpt")
+    shutil.rmtree("runs")
+    output = slm("--ckpt_path=copy.ckpt", "--trainer.max_epochs=3", "--trainer.enable_progress_bar=false")
+    assert "is now" not in output
+    assert steps() == done // 2 * 3
+    assert config()["model"]["embed_dim"] == 16
+    assert config()["data"]["class_path"] == "slm.data.DummyData"
+    assert config()["data"]["init_args"]["seed"] == 3
+
+
+def test_a_moved_run_keeps_its_best_score(slm: Run, trained: Path) -> None:
+    slm("--ckpt_path=last", "--trainer.max_epochs=3")
+    best = (RUN / "checkpoints/best.ckpt").read_bytes()
+    shutil.move("runs", "elsewhere")
+    slm("--ckpt_path=elsewhere/version_0", "--trainer.max_epochs=4", "--model.learning_rate=100")
+    assert Path("elsewhere/version_0/checkpoints/best.ckpt").read_bytes() == best
+
+
+def test_an_exception_leaves_a_last_checkpoint(slm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = package.LanguageModel.training_step
+
+    def fails_at_step_3(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 3:
+            raise RuntimeError("out of luck")
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr("slm.module.LanguageModel.training_step", fails_at_step_3)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        slm(*SMALL, "--data.batch_size=8")
+    assert steps() == 3
+    assert not (RUN / "checkpoints/best.ckpt").exists()
+
+
+# ---- evaluation
+
+
+def table(output: str, name: str) -> float:
+    return float(re.search(rf"{name} +([\d.]+)", output)[1])  # type: ignore[index]
+
+
+def test_validate_and_test_measure_every_held_out_window_of_the_best_checkpoint(slm: Run) -> None:
+    report = slm(*SMALL, "--trainer.max_epochs=2", "--data.batch_size=2", "--trainer.limit_val_batches=2")
+    partial = float(re.search(r"val/loss +([\d.]+)", report)[1])  # type: ignore[index]
+    validated, tested = slm("validate", "--ckpt_path=best"), slm("test", "--ckpt_path=runs/version_0")
+    assert "validate: the held-out split, 12 windows of 16 tokens" in validated
+    assert "test: the held-out split, 12 windows of 16 tokens" in tested
+    assert table(validated, "val/loss") == table(tested, "test/loss") != pytest.approx(partial, abs=1e-3)
+    assert table(validated, "val/optimum") == pytest.approx(0.41, abs=0.2)
+    assert [path.name for path in Path("runs").iterdir()] == ["version_0"]
+
+
+def test_an_evaluation_equals_the_closing_report_and_leaves_the_run_as_it_was(slm: Run) -> None:
+    report = slm(*SMALL, "--trainer.max_epochs=2")
+    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    for checkpoint in ("best", "runs/version_0/simple_language_model.pt"):
+        loss = table(slm("validate", f"--ckpt_path={checkpoint}"), "val/loss")
+        assert f"val/loss    {loss:.3f}," in report
+    assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
+
+
+def test_predict_prints_the_greedy_next_token_of_each_held_out_window(slm: Run, trained: Path) -> None:
+    lines = slm("predict", "--ckpt_path=best").split()
+    data = package.data.DummyData(20, 16, num_tokens=2000, seed=3)
+    data.setup()
+    assert data.val_windows is not None
+    tokens = torch.stack([data.val_windows[k][0] for k in range(len(data.val_windows))])
+    assert [int(line) for line in lines] == package.load("best")(tokens)[:, -1].argmax(-1).tolist()
+
+
+# ---- loading
+
+
+@pytest.mark.parametrize("path", ["best", "last", "runs/version_0", str(LAST), f"{RUN}/simple_language_model.pt"])
+def test_load_gives_the_model_back_in_eval_mode(trained: Path, path: str) -> None:
+    model = package.load(path)
+    assert not model.training
+    stored = read_checkpoint(LAST if path in ("last", str(LAST)) else RUN / "checkpoints/best.ckpt")
+    expected = stored["state_dict"]["transformer.token_embedding.weight"]
+    assert torch.equal(model.transformer.token_embedding.weight, expected)
+    assert model.hparams["embed_dim"] == 16
+
+
+def test_loading_draws_nothing_from_the_random_numbers_of_its_caller(trained: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    package.load("best")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_weights_file_is_a_plain_dictionary_of_the_best_weights(trained: Path) -> None:
+    content = torch.load(RUN / "simple_language_model.pt", weights_only=True)
+    assert set(content) == {"hyper_parameters", "state_dict", "tokenizer"}
+    assert content["tokenizer"] is None
+    best = read_checkpoint(RUN / "checkpoints/best.ckpt")["state_dict"]
+    assert {f"transformer.{name}" for name in content["state_dict"]} == set(best)
+    assert all(torch.equal(value, best[f"transformer.{name}"]) for name, value in content["state_dict"].items())
+
+
+def test_the_weights_file_is_written_for_a_new_best_alone(slm: Run, trained: Path) -> None:
+    before = (RUN / "simple_language_model.pt").read_bytes()
+    slm("--ckpt_path=last", "--trainer.max_epochs=3", "--model.learning_rate=100")
+    assert (RUN / "simple_language_model.pt").read_bytes() == before
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize("keep", [0, 100, 5000])
+def test_a_truncated_checkpoint_is_refused_with_its_path(trained: Path, refused: Run, keep: int) -> None:
+    Path("cut.ckpt").write_bytes(LAST.read_bytes()[:keep])
+    assert "cut.ckpt is damaged or not a checkpoint" in refused("--ckpt_path=cut.ckpt")
+
+
+def test_a_foreign_file_is_refused(refused: Run, workdir: Path) -> None:
+    (workdir / "notes.txt").write_text("not a checkpoint")
+    assert "notes.txt is damaged or not a checkpoint" in refused("--ckpt_path=notes.txt")
+    torch.save({"weights": torch.zeros(3)}, workdir / "other.pt")
+    assert "other.pt is not a checkpoint of this project" in refused("--ckpt_path=other.pt")
+    torch.save([1, 2], workdir / "list.pt")
+    assert "list.pt is not a checkpoint of this project" in refused("validate", "--ckpt_path=list.pt")
+
+
+def test_a_file_that_would_run_code_is_refused_without_running_it(refused: Run, workdir: Path) -> None:
+    class Malicious:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (Path("ran"),))
+
+    torch.save({"hyper_parameters": {}, "state_dict": Malicious()}, workdir / "bad.ckpt")
+    assert "bad.ckpt is damaged or not a checkpoint" in refused("--ckpt_path=bad.ckpt")
+    assert not Path("ran").exists()
+
+
+def test_a_run_cannot_go_on_from_bare_weights(trained: Path, refused: Run) -> None:
+    message = refused(f"--ckpt_path={RUN}/simple_language_model.pt")
+    assert "holds weights alone" in message
+
+
+def test_a_folder_without_a_checkpoint_is_refused(refused: Run, workdir: Path) -> None:
+    (workdir / "empty").mkdir()
+    assert "empty/checkpoints/last.ckpt: there is no such checkpoint" in refused("--ckpt_path=empty")
+
+
+def test_damaged_settings_of_a_run_are_refused(trained: Path, refused: Run) -> None:
+    (RUN / "config.yaml").write_text("model: [")
+    assert "config.yaml is not valid YAML" in refused("validate", "--ckpt_path=best")
+    assert "config" in refused("--ckpt_path=last")
+
+
+def test_asking_for_fewer_epochs_than_are_done_trains_nothing_and_offers_more(slm: Run, trained: Path) -> None:
+    output = slm("--ckpt_path=last", "--trainer.max_epochs=1")
+    assert "nothing was left to do" in output
+    assert "--trainer.max_epochs 4" in output
+
+
+def test_a_checkpoint_path_is_resolved_alike_everywhere(trained: Path) -> None:
+    assert newest_run() == RUN
+    assert resolve_checkpoint("last") == LAST
+    assert resolve_checkpoint("runs/version_0", prefer="best") == RUN / "checkpoints/best.ckpt"
+    assert resolve_checkpoint(LAST) == LAST
+    with pytest.raises(InputError, match="there is no run under"):
+        newest_run(Path("elsewhere"))
