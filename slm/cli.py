@@ -253,3 +253,7 @@ def _default_config() -> Path:
 def _command() -> str:
     """How this process was started, without its arguments, as its user would type it again."""
     return shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1])
+
+
+if __name__ == "__main__":
+    main()

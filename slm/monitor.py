@@ -1,6 +1,7 @@
 """What a run shows: its bar, its speed, the known optimum beside the loss, and the closing report."""
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -133,12 +134,12 @@ def _kept(trainer: Trainer, run: Path | None, command: str) -> Iterator[tuple[st
     for name, path in checkpoints.items():
         yield name, str(path) if path.is_file() else "none"
     if any(run.glob("events.out.tfevents.*")):
-        python = command.split()[0]
-        yield "see curves", f"{python} -m tensorboard.main --logdir {run.parent}"
+        python = shlex.split(command)[0]
+        yield "see curves", shlex.join([python, "-m", "tensorboard.main", "--logdir", str(run.parent)])
     else:
         yield "see curves", "none: TensorBoard's logger is off"
     if checkpoints["last"].is_file():
-        resume = f"{command} --ckpt_path {checkpoints['last']}"
+        resume = f"{command} --ckpt_path {shlex.quote(str(checkpoints['last']))}"
         yield "resume", resume
         if 0 < trainer.max_steps <= trainer.global_step:
             yield "go longer", f"{resume} --trainer.max_steps {2 * trainer.max_steps}"

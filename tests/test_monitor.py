@@ -48,8 +48,9 @@ class Costs(Callback):
         self.clock.now += 100.0
 
 
+@pytest.mark.parametrize("limit_val_batches", [1.0, 0])
 def test_speed_counts_training_and_leaves_out_validation_and_saving(
-    workdir: Path, monkeypatch: pytest.MonkeyPatch
+    limit_val_batches: float, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(monitor, "time", clock)
@@ -57,7 +58,8 @@ def test_speed_counts_training_and_leaves_out_validation_and_saving(
     data = small_data(batch_size=8)
     data.setup()
     assert len(data.train_dataloader()) == 14
-    fit(small_model(), data, max_epochs=3, log_every_n_steps=4, callbacks=[StepMonitor(), costs])
+    flags = {"max_epochs": 3, "log_every_n_steps": 4, "limit_val_batches": limit_val_batches}
+    fit(small_model(), data, callbacks=[StepMonitor(), costs], **flags)
     assert costs.speeds == [pytest.approx(8 * 16)] * (3 * 14 - 3)
 
 

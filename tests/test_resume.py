@@ -171,7 +171,7 @@ def test_an_evaluation_equals_the_closing_report_and_leaves_the_run_as_it_was(sl
     for checkpoint in ("best", "runs/version_0/simple_language_model.pt"):
         loss = table(slm("validate", f"--ckpt_path={checkpoint}"), "val/loss")
         assert f"val/loss    {loss:.3f}," in report
-    assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
 def test_predict_prints_the_greedy_next_token_of_each_held_out_window(slm: Run, trained: Path) -> None:
