@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import get_loader
 from lightning.pytorch import Trainer
 
-from slm.checkpoint import read_checkpoint, resolve_checkpoint
+from slm.checkpoint import WEIGHTS_NAME, read_checkpoint, resolve_checkpoint
 from slm.errors import InputError, check
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -77,7 +77,7 @@ def read_request(argv: Sequence[str]) -> Request:
     """
     subcommand, given = (argv[0], argv[1:]) if argv and argv[0] in SUBCOMMANDS else ("fit", argv)
     flags, ckpt_paths = _take_option(given, "--ckpt_path")
-    _refuse_linked(flags)
+    _refuse_ignored(flags)
     request = Request(subcommand, flags)
     if ckpt_paths:
         _find_checkpoint(request, ckpt_paths[-1])
@@ -86,14 +86,15 @@ def read_request(argv: Sequence[str]) -> Request:
     return request
 
 
-def read_settings(config: Path) -> dict[str, Any]:
-    """The content of a YAML file of settings.
+def read_settings(config: str) -> dict[str, Any]:
+    """The content of a YAML file of settings, or of YAML text given in its place.
 
     Raises:
-        InputError: the file is missing, unreadable, not YAML, or not a mapping.
+        InputError: the file is missing or unreadable, or it is not YAML, or not a mapping.
     """
+    is_text = "{" in config or "\n" in config
     try:
-        settings = get_loader("yaml")(config.read_text(encoding="utf-8"))
+        settings = get_loader("yaml")(config if is_text else Path(config).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{config} cannot be read: {error.strerror}") from error
     except Exception as error:  # the YAML library's own, which are not ours to name
@@ -105,31 +106,35 @@ def read_settings(config: Path) -> dict[str, Any]:
 def _find_checkpoint(request: Request, ckpt_path: str) -> None:
     fitting = request.subcommand == "fit"
     path = resolve_checkpoint(ckpt_path, prefer="last" if fitting else "best")
+    is_of_run = path.parent.name == "checkpoints" or path.name == WEIGHTS_NAME
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    config = run / "config.yaml"
+    config = run / "config.yaml" if is_of_run and (run / "config.yaml").is_file() else None
     if fitting and ckpt_path == "last" and not path.is_file():
         request.run = run
-        request.stored = [f"--config={config}"] if config.is_file() else []
+        request.stored = [] if config is None else [f"--config={config}"]
         return
     request.checkpoint, request.content = path, read_checkpoint(path)
     if fitting and "optimizer_states" not in request.content:
         raise InputError(f"{path} holds weights alone, no run can go on from it: give the .ckpt of its run")
-    if fitting and config.is_file():
+    if fitting and config is not None:
         request.run = run
         request.stored = [f"--config={config}"]
         return
-    if config.is_file():
-        stored = read_settings(config)
+    settings: dict[str, Any] = {"model": request.content["hyper_parameters"]}
+    if config is not None:
+        stored = read_settings(str(config))
         missing = {"model", "data", "trainer"} - stored.keys()
         check(
             not missing, f"{config} has no settings of {sorted(missing)}: restore it, or copy the checkpoint elsewhere"
         )
-        settings = {"model": stored["model"], "data": stored["data"]}
-        settings["trainer"] = {"precision": stored["trainer"]["precision"]}
+        settings = {"model": stored["model"], "data": stored["data"], "trainer": {}}
+        if "precision" in stored["trainer"]:
+            settings["trainer"]["precision"] = stored["trainer"]["precision"]
+    elif "data" in request.content:
+        settings["data"] = request.content["data"]
     else:
-        settings = {"model": request.content["hyper_parameters"]}
-        if "data" in request.content:
-            settings["data"] = request.content["data"]
+        named = _take_option(request.flags, "-c", "--config", "--data")[1]
+        check(bool(named), f"{path} does not say what data it was trained on: name it with --data or --config")
     request.stored = [f"--config={json.dumps(settings)}"]
 
 
@@ -146,11 +151,20 @@ def _take_option(flags: Sequence[str], *names: str) -> tuple[list[str], list[str
     return left, values
 
 
-def _refuse_linked(flags: list[str]) -> None:
-    """Refuse what the parser would silently ignore: settings of the data that are taken from the model."""
+def _refuse_ignored(flags: list[str]) -> None:
+    """Refuse what the parser would silently ignore: settings of the data that are taken from the model.
+
+    They can be given as flags, or in a file or text for `--config`, `--data` or `--data.init_args`.
+    """
     given = {flag.partition("=")[0].removeprefix("--").replace(".init_args", "") for flag in flags}
-    for config in _take_option(flags, "-c", "--config")[1]:
-        data = read_settings(Path(config)).get("data")
+    nested: list[Any] = []
+    for config in map(read_settings, _take_option(flags, "-c", "--config")[1]):
+        check("ckpt_path" not in config, "ckpt_path stands in a file of settings: give it as --ckpt_path instead")
+        nested.append(config.get("data"))
+    for value in _take_option(flags, "--data", "--data.init_args")[1]:
+        if "{" in value or Path(value).is_file():
+            nested.append(read_settings(value))
+    for data in nested:
         if isinstance(data, dict):
             given |= {f"data.{name}" for name in {**data, **(data.get("init_args") or {})}}
     for name in LINKED:

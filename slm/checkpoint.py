@@ -4,6 +4,7 @@ A run is one folder, `runs/version_N/`, with `checkpoints/best.ckpt`, `checkpoin
 plain dictionary in `simple_language_model.pt`.
 """
 
+import inspect
 import io
 import os
 import pickle
@@ -13,13 +14,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 
 from slm.errors import InputError, check
+from slm.transformer import Transformer
 
 RUNS = Path("runs")
 WEIGHTS_NAME = "simple_language_model.pt"
-_PREFIX = "transformer."
 
 
 def newest_run(runs: Path = RUNS) -> Path:
@@ -61,17 +61,21 @@ def resolve_checkpoint(ckpt_path: str | Path, prefer: str = "last", runs: Path =
 
     Args:
         ckpt_path: `last` or `best`, of the newest run; a run folder; or a `.ckpt` or `.pt` file.
-        prefer: which checkpoint of a run folder is meant, `last` or `best`.
+        prefer: which checkpoint of a run folder is meant, `last` or `best`; the other where that is not there.
         runs: where run folders are looked for.
 
     Raises:
         InputError: there is no such run, folder or file.
     """
-    if str(ckpt_path) in ("last", "best"):
-        return newest_run(runs) / "checkpoints" / f"{ckpt_path}.ckpt"
-    path = Path(ckpt_path)
+    if str(ckpt_path) == "best":
+        return newest_run(runs) / "checkpoints" / "best.ckpt"
+    path = newest_run(runs) if str(ckpt_path) == "last" else Path(ckpt_path)
     check(path.exists(), f"ckpt_path={ckpt_path}: there is no such file; give last, best, a run folder or a checkpoint")
-    return path / "checkpoints" / f"{prefer}.ckpt" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    kept = path / "checkpoints"
+    preferred = kept / ("last.ckpt" if str(ckpt_path) == "last" else f"{prefer}.ckpt")
+    return next((file for file in (preferred, kept / "last.ckpt", kept / "best.ckpt") if file.is_file()), preferred)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -89,13 +93,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged or not a checkpoint: torch.load refuses it") from error
     known = isinstance(content, dict) and {"hyper_parameters", "state_dict"} <= content.keys()
     check(known, f"{path} is not a checkpoint of this project: it has no hyper_parameters and state_dict")
+    hparams, sizes = content["hyper_parameters"], inspect.signature(Transformer).parameters.keys()
+    known = isinstance(hparams, dict) and all(isinstance(hparams.get(name), int | float) for name in sizes)
+    check(known, f"{path} is not a checkpoint of this project: its hyper_parameters do not give {', '.join(sizes)}")
     return content
 
 
-def transformer_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The Transformer's own `state_dict`, from the content of a `.ckpt` or a `.pt`."""
-    state = checkpoint["state_dict"]
-    return {name.removeprefix(_PREFIX): value for name, value in state.items()}
+def load_weights(transformer: Transformer, content: dict[str, Any], path: Path) -> None:
+    """Load the weights in the content of a `.ckpt` or a `.pt`; raises InputError where they do not fit."""
+    state = {name.removeprefix("transformer."): value for name, value in content["state_dict"].items()}
+    try:
+        transformer.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit this version of the model: {error}") from error
 
 
 class SelfContained(Callback):
@@ -145,7 +155,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """`last.ckpt`, after every validation, at the end of every epoch, and on an exception.
+    """`last.ckpt`, after every validation, at the end of every epoch (which Lightning does alone), and on an exception.
 
     Args:
         run: the run's folder.
@@ -160,6 +170,10 @@ class LastCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=True,
             save_on_exception=True,
         )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(Path(str(self.dirpath)) / "last.ckpt", weights_only=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to restore: the name is fixed."""
@@ -178,7 +192,10 @@ def _write_weights(trainer: Trainer, module: Any, path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; raises InputError where it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error

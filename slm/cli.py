@@ -3,7 +3,9 @@
 import inspect
 import os
 import shlex
+import shutil
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,26 +14,19 @@ import jsonargparse
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from slm.arguments import LINKED, CommandLineTrainer, read_request, read_settings
-from slm.checkpoint import (
-    RUNS,
-    BestCheckpoint,
-    LastCheckpoint,
-    SelfContained,
-    claim_run,
-    replace_file,
-    transformer_state,
-)
+from slm.checkpoint import RUNS, claim_run, load_weights, replace_file
 from slm.data import DummyData, TextData, TokenData
 from slm.errors import InputError, check
 from slm.hardware import accelerator_kind, resolve_precision
 from slm.module import LanguageModel, check_applicable
-from slm.monitor import HPARAMS_LOSS, KnownLimits, ProgressBar, StepMonitor, closing_report
+from slm.monitor import HPARAMS_LOSS, closing_report
 from slm.notices import explain_parser_error, silence_notices
+from slm.policy import trainer_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     silence_notices()
     try:
         CommandLine(list(sys.argv[1:] if argv is None else argv))
-    except (InputError, MisconfigurationException) as error:
-        if os.environ.get("SLM_TRACEBACK"):
+    except (ValueError, MisconfigurationException) as error:
+        is_meant = isinstance(error, InputError | MisconfigurationException) or _is_raised_by_lightning(error)
+        if not is_meant or os.environ.get("SLM_TRACEBACK"):
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
@@ -62,7 +58,7 @@ class CommandLine(LightningCLI):
         self.argv = argv
         shared = {"exit_on_error": False, "allow_abbrev": False}
         default_config = _default_config()
-        read_settings(default_config)
+        read_settings(str(default_config))
         default = {"default_config_files": [str(default_config)]}
         super().__init__(
             LanguageModel,
@@ -85,8 +81,13 @@ class CommandLine(LightningCLI):
         self.request = request = read_request(self.argv)
         if request.run is not None and request.checkpoint is None:
             say(f"{request.run} has no checkpoint yet: it starts from step 0")
+        elif request.run is not None and request.checkpoint is not None and request.checkpoint.stem != "last":
+            say(f"{request.run} goes on from {request.checkpoint}")
         self.config = self._parse([request.subcommand, *request.stored, *request.flags])
         settings = self.config[request.subcommand]
+        text = settings.data.init_args.get("path")
+        if text is not None:
+            settings.data.init_args.path = str(Path(text).absolute())  # the run may go on from another folder
         if request.content is not None:
             check_applicable(request.content["hyper_parameters"], dict(settings.model))
         if request.stored:
@@ -102,9 +103,9 @@ class CommandLine(LightningCLI):
         except jsonargparse.ArgumentError as error:
             reference = self._parser("fit")
             reference.default_config_files = []  # it may be what is wrong
-            known = set(reference.get_defaults().keys())
+            known = dict.fromkeys(reference.get_defaults().keys(), "")
             for data in (DummyData, TextData, TokenData):
-                known |= {f"data.{name}" for name in inspect.signature(data).parameters}
+                known |= {f"data.{name}": data.__name__ for name in inspect.signature(data).parameters}
             raise InputError(explain_parser_error(str(error), known)) from error
 
     def before_instantiate_classes(self) -> None:
@@ -122,14 +123,25 @@ class CommandLine(LightningCLI):
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, InputError):
                 cause = cause.__cause__
-            raise cause or error from error
+            if cause is None:
+                raise
+            raise cause from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the project's precision, callbacks and run folder, which is made once all else is sound."""
         asked = self._get(self.config_init, "trainer")
-        precision, reason = resolve_precision(str(asked.precision), accelerator_kind(str(asked.accelerator)))
+        check(asked.accumulate_grad_batches >= 1, "trainer.accumulate_grad_batches must be at least 1")
+        precision, reason = resolve_precision(
+            str(asked.precision or "32-true"), accelerator_kind(str(asked.accelerator))
+        )
         if reason:
             say(reason)
+        trained_on = (self.request.content or {}).get("tokenizer", self.datamodule.tokenizer)
+        check(
+            trained_on == self.datamodule.tokenizer,
+            f"{self.request.checkpoint} was trained with tokenizer={trained_on}, the data has "
+            f"tokenizer={self.datamodule.tokenizer}: name its own data with --data or --config",
+        )
         self.datamodule.setup()
         keeps = self.subcommand == "fit" and not asked.fast_dev_run
         self.run = self.request.run if keeps else None
@@ -137,55 +149,42 @@ class CommandLine(LightningCLI):
         if claims:
             runs = Path(asked.default_root_dir or "") / RUNS
             self.run = claim_run(runs) if _is_rank_zero() else runs / "of_rank_zero"
+        config = self._config_text()
+        if claims and self.run is not None and _is_rank_zero():
+            replace_file(self.run / "config.yaml", config.encode())
+        self.is_new_run = claims and _is_rank_zero()
+        arguments = trainer_arguments(asked, str(self.subcommand), precision, self.run, config)
         try:
-            trainer = super().instantiate_trainer(
-                precision=precision,
-                default_root_dir=self.run or asked.default_root_dir,
-                logger=self._logger(asked.logger),
-                callbacks=[*(asked.callbacks or []), *self._callbacks(asked)],
-                enable_progress_bar=asked.enable_progress_bar is not False and self.subcommand != "predict",
-            )
-        except (ValueError, TypeError, MisconfigurationException) as error:  # the Trainer refuses its arguments
-            if claims and self.run is not None and _is_rank_zero():
-                self.run.rmdir()
-            raise InputError(str(error)) from error
-        if claims:
-            self.save_config()
-        return trainer
+            return super().instantiate_trainer(**arguments)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            self._drop_new_run()
+            raise InputError(f"the Trainer refuses its settings: {error}") from error
 
-    def _logger(self, asked: Any) -> Any:
-        if asked not in (None, True):
-            return asked
-        if self.run is None:
-            return False
-        return TensorBoardLogger(self.run.parent, name="", version=self.run.name, default_hp_metric=False)
-
-    def _callbacks(self, asked: jsonargparse.Namespace) -> list[Callback]:
-        callbacks: list[Callback] = [KnownLimits()]
-        if asked.enable_progress_bar is not False and self.subcommand != "predict":
-            callbacks.append(ProgressBar())
-        if self.subcommand == "fit":
-            callbacks += [StepMonitor(), SelfContained()]
-        if self.run is not None:
-            callbacks.append(ConfigKeeper(self))
-            if asked.enable_checkpointing is not False:
-                callbacks += [BestCheckpoint(self.run), LastCheckpoint(self.run)]
-        return callbacks
-
-    @rank_zero_only
-    def save_config(self) -> None:
-        """Write the settings in force, as they were asked for, to the run's `config.yaml`."""
-        assert self.run is not None
+    def _config_text(self) -> str:
+        """The settings in force, as they were asked for."""
         config = self.config[self.subcommand].clone()
         for name in ("config", "ckpt_path", "weights_only"):
             config.pop(name, None)
-        text = self._parser(self.subcommand).dump(config, skip_none=False)
-        replace_file(self.run / "config.yaml", text.encode())
+        return str(self._parser(self.subcommand).dump(config, skip_none=False))
+
+    def _drop_new_run(self) -> None:
+        if self.is_new_run and self.run is not None:
+            shutil.rmtree(self.run)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; a new run that fails before its first step leaves no folder behind."""
+        try:
+            self.trainer.fit(**kwargs)
+        except Exception:
+            if self.trainer.global_step == 0:
+                self._drop_new_run()
+            raise
 
     def before_validate(self) -> None:
         """Load bare weights, which the Trainer cannot."""
         if self.request.content is not None and self.config[self.subcommand].ckpt_path is None:
-            self.model.transformer.load_state_dict(transformer_state(self.request.content))
+            assert self.request.checkpoint is not None
+            load_weights(self.model.transformer, self.request.content, self.request.checkpoint)
 
     before_test = before_predict = before_validate
 
@@ -223,18 +222,15 @@ class CommandLine(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Print the greedy next token of each held-out window, one a line."""
+        check(self.trainer.world_size == 1, "predict prints the windows in their order: use --trainer.devices 1")
         predictions: Any = self.trainer.predict(**kwargs)
         print(*torch.cat(predictions).tolist(), sep="\n")
 
 
-class ConfigKeeper(Callback):
-    """Writes `config.yaml` again when a resumed run starts to train, so that it holds the settings now in force."""
-
-    def __init__(self, command_line: CommandLine) -> None:
-        self.command_line = command_line
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.command_line.save_config()
+def _is_raised_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning itself raised this, as it does for settings that do not fit; anything else is a bug."""
+    module = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return module.startswith("lightning.")
 
 
 def _is_rank_zero() -> bool:

@@ -48,6 +48,7 @@ def _read_utf8(file: Path) -> bytes:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         kind = "a binary file" if b"\0" in content else "not UTF-8 text"
+        kind = "UTF-16 text" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else kind
         raise InputError(
             f"{file} is {kind}: byte 0x{content[error.start]:02x} at offset {error.start}; "
             "convert it to UTF-8, or point --data.path at text"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -56,7 +57,7 @@ class TokenData(LightningDataModule):
         super().__init__()
         check(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
         check(0.0 < val_fraction < 1.0, f"val_fraction={val_fraction} must be above 0 and below 1")
-        check(seed >= 0, f"seed={seed} must be at least 0")
+        check(0 <= seed < 2**63, f"seed={seed} must be at least 0 and below 2**63")
         check(num_workers >= 0, f"num_workers={num_workers} must be at least 0")
         self.save_hyperparameters()
         self.train_windows: Windows | None = None
@@ -84,21 +85,25 @@ class TokenData(LightningDataModule):
     def train_dataloader(self) -> Loader:
         """The training windows in an order that is a function of (seed, epoch)."""
         assert self.train_windows is not None
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler: DistributedSampler[Any] = DistributedSampler(
-            self.train_windows, num_replicas=world_size, rank=rank, seed=self.hparams["seed"]
+        return self._loader(
+            self.train_windows, DistributedSampler(self.train_windows, **self._share(), seed=self.hparams["seed"])
         )
-        return self._loader(self.train_windows, sampler)
 
     def val_dataloader(self) -> Loader:
-        """The held-out windows, each once, in their order."""
+        """The held-out windows in their order, each once, whatever the number of devices."""
         assert self.val_windows is not None
-        return self._loader(self.val_windows)
+        sampler = UnrepeatedDistributedSampler(self.val_windows, **self._share(), shuffle=False)
+        return self._loader(self.val_windows, sampler)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
-    def _loader(self, windows: Windows, sampler: DistributedSampler[Any] | None = None) -> Loader:
+    def _share(self) -> dict[str, Any]:
+        """Which of the devices this process feeds, as samplers call it."""
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return {"num_replicas": world_size, "rank": rank}
+
+    def _loader(self, windows: Windows, sampler: DistributedSampler[Any]) -> Loader:
         num_workers = self.hparams["num_workers"]
         return DataLoader(
             windows,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import SumMetric
 
-from slm.checkpoint import read_checkpoint, resolve_checkpoint, transformer_state
+from slm.checkpoint import load_weights, read_checkpoint, resolve_checkpoint
 from slm.errors import InputError, check
 from slm.transformer import Transformer
 
@@ -212,7 +212,7 @@ def load(ckpt_path: str | Path) -> LanguageModel:
     try:
         with torch.random.fork_rng(devices=[]):  # a new model draws its weights from the caller's random numbers
             model = LanguageModel(**content["hyper_parameters"])
-        model.transformer.load_state_dict(transformer_state(content))
-    except (TypeError, RuntimeError) as error:
+    except TypeError as error:
         raise InputError(f"{path} does not fit this version of the model: {error}") from error
+    load_weights(model.transformer, content, path)
     return model.eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from torch import Tensor
 
 from slm.data import TokenData
@@ -112,9 +112,8 @@ def _reached(trainer: Trainer, data: TokenData, metrics: Mapping[str, Any]) -> I
     if "val/loss" not in metrics:
         yield "val/loss", "none: nothing was validated"
         return
-    limit = trainer.limit_val_batches
-    whole = isinstance(limit, float) and limit == 1.0  # the whole number 1 is one batch
-    partial = "" if whole else f" (limit_val_batches={limit}: not on all held-out windows)"
+    used, there = sum(trainer.num_val_batches), len(data.val_dataloader())
+    partial = "" if used >= there else f" (on {used} of {there} batches: limit_val_batches={trainer.limit_val_batches})"
     known = {"optimum": data.optimum, "unigram": data.unigram}
     facts = [f"{name} {value:.3f}" for name, value in known.items() if value is not None]
     yield "val/loss", ", ".join([f"{metrics['val/loss']:.3f}", *facts]) + partial
@@ -141,7 +140,13 @@ def _kept(trainer: Trainer, run: Path | None, command: str) -> Iterator[tuple[st
     if checkpoints["last"].is_file():
         resume = f"{command} --ckpt_path {shlex.quote(str(checkpoints['last']))}"
         yield "resume", resume
+        timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)  # type: ignore[attr-defined]
         if 0 < trainer.max_steps <= trainer.global_step:
             yield "go longer", f"{resume} --trainer.max_steps {2 * trainer.max_steps}"
+        elif timer is not None and (timer.time_remaining() or 0) <= 0:
+            minutes, seconds = divmod(math.ceil(2 * timer.time_elapsed()), 60)
+            hours, minutes = divmod(minutes, 60)
+            days, hours = divmod(hours, 24)
+            yield "go longer", f"{resume} --trainer.max_time {days:02}:{hours:02}:{minutes:02}:{seconds:02}"
         elif trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch:
             yield "go longer", f"{resume} --trainer.max_epochs {2 * trainer.current_epoch}"

@@ -4,10 +4,10 @@ import difflib
 import logging
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Mapping
 
 LOG_LINES = {
-    "lightning.fabric.utilities.seed": [r"(\\[rank: \\d+\\] )?Seed set to "],
+    "lightning.fabric.utilities.seed": [r"(\[rank: \d+\] )?Seed set to "],
     "lightning.fabric.utilities.distributed": ["Initializing distributed: "],
     "lightning.pytorch.utilities.rank_zero": [
         "GPU available: ",
@@ -17,6 +17,7 @@ LOG_LINES = {
         "-{20,}",  # "distributed_backend=gloo", in a box
         "Using (bfloat16|16bit) Automatic Mixed Precision",
         ".*Tip: ",  # an advertisement
+        r"`Trainer\(.*\)` was configured so",  # says again what was asked
         "Running in `fast_dev_run` mode",  # the closing report says what it lacks
         "`Trainer.fit` stopped: ",
         "Restoring states from the checkpoint",
@@ -67,17 +68,21 @@ class _Silence(logging.Filter):
         return not self.pattern.match(record.getMessage())
 
 
-def explain_parser_error(message: str, known: Collection[str]) -> str:
+def explain_parser_error(message: str, known: Mapping[str, str]) -> str:
     """A parser's message of many lines as one line: the setting, its value and what was expected.
 
     Args:
         message: what jsonargparse says.
-        known: names of all settings, to find the nearest to an unknown one.
+        known: names of all settings, to find the nearest to an unknown one, each with the class that alone has it.
     """
     keys = re.findall(r'Parser key "([^"]+)"', message)
     unknown = re.search(r"[Oo]ption '([^']+)'|[Uu]nrecognized arguments: (?:--)?([^\s=]+)", message)
     if unknown:
         name = ".".join([*keys, *re.findall(r"Group '([^']+)'", message), unknown[1] or unknown[2]])
+        if known.get(name):
+            return (
+                f"{name} is a setting of {known[name]}, which is not the data chosen: choose it with --data or --config"
+            )
         near = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name, known, n=1, cutoff=0)
         return f"unknown setting {name}; the nearest known one is {near[0]}"
     detail = message[message.rindex("Parser key") :] if keys else message

@@ -207,7 +207,7 @@ def test_without_validation_the_report_says_what_is_missing(slm: Run) -> None:
 
 
 def test_a_validation_on_a_part_is_called_so(slm: Run) -> None:
-    assert "limit_val_batches=1: not on all held-out windows" in slm(
+    assert "(on 1 of 6 batches: limit_val_batches=1)" in slm(
         *SMALL, "--data.batch_size=2", "--trainer.limit_val_batches=1"
     )
 
