@@ -1,13 +1,15 @@
 """What a command line asks for: a subcommand, its flags, and the checkpoint whose settings come before them."""
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import get_loader
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 
 from slm.checkpoint import WEIGHTS_NAME, read_checkpoint, resolve_checkpoint
@@ -19,10 +21,11 @@ LINKED = ("vocab_size", "max_seq_len")
 
 
 class CommandLineTrainer(Trainer):
-    """Lightning's Trainer, for a parser that is to read a whole number of batches as that many.
+    """Lightning's Trainer.
 
-    Lightning declares these as `Optional[Union[int, float]]`, which Python's cache of types turns into float before int
-    where another package was first: `--trainer.limit_val_batches 1` then quietly means 1.0, all of them.
+    A parser is to read a whole number of batches as that many. Lightning declares these arguments as
+    `Optional[Union[int, float]]`, which Python's cache of types turns into float before int where another package was
+    first: `--trainer.limit_val_batches 1` then quietly means 1.0, all of them.
     """
 
     def __init__(
@@ -169,3 +172,28 @@ def _refuse_ignored(flags: list[str]) -> None:
             given |= {f"data.{name}" for name in {**data, **(data.get("init_args") or {})}}
     for name in LINKED:
         check(f"data.{name}" not in given, f"data.{name} is taken from the model: set model.{name} instead")
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Print a line on stderr, once, however many processes there are."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def say_what_changed(before: Mapping[str, Any], now: Mapping[str, Any], request: Request) -> None:
+    """Say which settings differ from those that belong to the checkpoint.
+
+    Raises:
+        InputError: a run would go on with other data, on which its best loss means nothing.
+    """
+    for name in sorted(now.keys() - {"config"}):
+        value, stored = now[name], before.get(name)
+        if value == stored or (request.run is None and not name.startswith(("model.", "data."))):
+            continue
+        goes_on = request.run is not None and request.checkpoint is not None
+        if goes_on and name.startswith("data.") and name.rpartition(".")[2] not in ("batch_size", "num_workers"):
+            raise InputError(
+                f"{name}={value} cannot apply to a run that was trained with {stored}: leave it out, or copy its "
+                "checkpoint elsewhere and go on from there"
+            )
+        say(f"{name} is now {value} (the run had {stored})")

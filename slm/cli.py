@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slm.arguments import LINKED, CommandLineTrainer, read_request, read_settings
+from slm.arguments import LINKED, CommandLineTrainer, read_request, read_settings, say, say_what_changed
 from slm.checkpoint import RUNS, claim_run, load_weights, replace_file
 from slm.data import DummyData, TextData, TokenData
 from slm.errors import InputError, check
@@ -34,18 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     silence_notices()
     try:
         CommandLine(list(sys.argv[1:] if argv is None else argv))
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
         is_meant = isinstance(error, InputError | MisconfigurationException) or _is_raised_by_lightning(error)
         if not is_meant or os.environ.get("SLM_TRACEBACK"):
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-
-
-@rank_zero_only
-def say(message: str) -> None:
-    """Print a line on stderr, once, however many processes there are."""
-    print(message, file=sys.stderr, flush=True)
 
 
 class CommandLine(LightningCLI):
@@ -85,28 +79,28 @@ class CommandLine(LightningCLI):
             say(f"{request.run} goes on from {request.checkpoint}")
         self.config = self._parse([request.subcommand, *request.stored, *request.flags])
         settings = self.config[request.subcommand]
-        text = settings.data.init_args.get("path")
-        if text is not None:
-            settings.data.init_args.path = str(Path(text).absolute())  # the run may go on from another folder
+        seed = settings.seed_everything
+        check(0 <= seed < 2**32, f"seed_everything={seed} must be at least 0 and below 2**32")
         if request.content is not None:
             check_applicable(request.content["hyper_parameters"], dict(settings.model))
         if request.stored:
             before = vars(self._parse([request.subcommand, *request.stored])[request.subcommand].as_flat())
-            for name, value in sorted(vars(settings.as_flat()).items()):
-                belongs = request.run is not None or name.startswith(("model.", "data."))
-                if belongs and name != "config" and before.get(name) != value:
-                    say(f"{name} is now {value} (the run had {before.get(name)})")
+            say_what_changed(before, vars(settings.as_flat()), request)
 
     def _parse(self, argv: list[str]) -> jsonargparse.Namespace:
         try:
-            return self.parser.parse_args(argv)
+            config = self.parser.parse_args(argv)
         except jsonargparse.ArgumentError as error:
             reference = self._parser("fit")
             reference.default_config_files = []  # it may be what is wrong
-            known = dict.fromkeys(reference.get_defaults().keys(), "")
+            known = dict.fromkeys([*reference.get_defaults().keys(), *self.subcommands()], "")
             for data in (DummyData, TextData, TokenData):
                 known |= {f"data.{name}": data.__name__ for name in inspect.signature(data).parameters}
             raise InputError(explain_parser_error(str(error), known)) from error
+        init_args = config[config.subcommand].data.init_args
+        if init_args.get("path"):  # absolute, since the run may go on from another folder
+            init_args.path = str(Path(init_args.path).expanduser().absolute())
+        return config
 
     def before_instantiate_classes(self) -> None:
         """Put the checkpoint back in its place, now that Lightning's CLI can no longer let it override flags."""
@@ -156,7 +150,7 @@ class CommandLine(LightningCLI):
         arguments = trainer_arguments(asked, str(self.subcommand), precision, self.run, config)
         try:
             return super().instantiate_trainer(**arguments)
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
             self._drop_new_run()
             raise InputError(f"the Trainer refuses its settings: {error}") from error
 

@@ -20,9 +20,10 @@ def byte_stream(path: str | None) -> Tensor:
     are passed over. None takes the English documentation that every Python carries (`pydoc_data.topics`).
 
     Raises:
-        InputError: no such file, an empty folder, a file that cannot be read or is not UTF-8.
+        InputError: no such file, nothing in it, a file that cannot be read or is not UTF-8.
     """
     documents = _python_documentation() if path is None else [_read_utf8(file) for file in _files(Path(path))]
+    check(any(documents), f"data.path={path} holds no text at all")
     return torch.frombuffer(bytearray(b"".join(text + bytes([END_OF_TEXT]) for text in documents)), dtype=torch.uint8)
 
 

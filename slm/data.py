@@ -29,7 +29,7 @@ class TokenData(LightningDataModule):
         max_seq_len: tokens in a window, given once, as `--model.max_seq_len`.
         batch_size: windows in a batch, on each device.
         val_fraction: share of the stream that is held out.
-        seed: of the order of the training windows.
+        seed: of the order of the training windows, and of the dummy tokens.
         num_workers: processes that load batches; 0 loads in the training process.
 
     Raises:
@@ -55,6 +55,8 @@ class TokenData(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        check(vocab_size >= 1, f"vocab_size={vocab_size} must be at least 1")
+        check(max_seq_len >= 1, f"max_seq_len={max_seq_len} must be at least 1")
         check(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
         check(0.0 < val_fraction < 1.0, f"val_fraction={val_fraction} must be above 0 and below 1")
         check(0 <= seed < 2**63, f"seed={seed} must be at least 0 and below 2**63")

@@ -104,11 +104,13 @@ def closing_report(
         run: its folder; None where nothing was kept.
         command: what starts the command line, without arguments.
     """
-    lines = [*_reached(trainer, data, metrics), *_kept(trainer, run, command)]
+    is_best = run is not None and (run / "checkpoints" / "best.ckpt").is_file()
+    source = " (best.ckpt)" if is_best else " (last validation)"
+    lines = [*_reached(trainer, data, metrics, source), *_kept(trainer, run, command)]
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
 
 
-def _reached(trainer: Trainer, data: TokenData, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _reached(trainer: Trainer, data: TokenData, metrics: Mapping[str, Any], source: str) -> Iterator[tuple[str, str]]:
     if "val/loss" not in metrics:
         yield "val/loss", "none: nothing was validated"
         return
@@ -116,7 +118,7 @@ def _reached(trainer: Trainer, data: TokenData, metrics: Mapping[str, Any]) -> I
     partial = "" if used >= there else f" (on {used} of {there} batches: limit_val_batches={trainer.limit_val_batches})"
     known = {"optimum": data.optimum, "unigram": data.unigram}
     facts = [f"{name} {value:.3f}" for name, value in known.items() if value is not None]
-    yield "val/loss", ", ".join([f"{metrics['val/loss']:.3f}", *facts]) + partial
+    yield "val/loss", ", ".join([f"{metrics['val/loss']:.3f}", *facts]) + partial + source
     yield "perplexity", f"{metrics['val/perplexity']:.2f}"
     ceiling = "" if data.best_accuracy is None else f", at best {data.best_accuracy:.3f}"
     yield "accuracy", f"{metrics['val/accuracy']:.3f}{ceiling}"
@@ -150,3 +152,5 @@ def _kept(trainer: Trainer, run: Path | None, command: str) -> Iterator[tuple[st
             yield "go longer", f"{resume} --trainer.max_time {days:02}:{hours:02}:{minutes:02}:{seconds:02}"
         elif trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch:
             yield "go longer", f"{resume} --trainer.max_epochs {2 * trainer.current_epoch}"
+        else:
+            yield "stopped", f"early, at step {trainer.global_step}, by a callback"

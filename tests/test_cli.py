@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import slm.hardware
-from slm.checkpoint import BestCheckpoint, LastCheckpoint
-from slm.cli import CommandLine
+from slm.checkpoint import BestCheckpoint, LastCheckpoint, claim_run
+from slm.cli import CommandLine, main
 from slm.monitor import ProgressBar
 
 Run = Callable[..., str]
@@ -85,7 +86,7 @@ def test_a_run_leaves_one_folder_and_a_report_that_names_it(slm: Run, workdir: P
     report = dict(
         re.findall(r"^(val/loss|perplexity|accuracy|run|best|last|see curves|resume|go longer) +(.+)$", output, re.M)
     )
-    assert re.fullmatch(r"\d\.\d{3}, optimum \d\.\d{3}, unigram \d\.\d{3}", report["val/loss"])
+    assert re.fullmatch(r"\d\.\d{3}, optimum \d\.\d{3}, unigram \d\.\d{3} \(best.ckpt\)", report["val/loss"])
     assert report["best"] == str(RUN / "checkpoints/best.ckpt")
     assert report["last"] == str(RUN / "checkpoints/last.ckpt")
     assert report["resume"].endswith(f" --ckpt_path {RUN}/checkpoints/last.ckpt")
@@ -160,18 +161,23 @@ def test_every_shipped_config_trains(slm: Run, config: Path) -> None:
 def test_text_reports_bits_per_byte(slm: Run, workdir: Path) -> None:
     (workdir / "mine.txt").write_text("the cat sat on the mat. " * 200)
     output = slm("--config", str(ROOT / "configs/text.yaml"), "--data.path=mine.txt", *QUIET, "--trainer.max_epochs=1")
-    loss = float(re.search(r"^val/loss +([\d.]+)$", output, re.M)[1])  # type: ignore[index]
+    loss = float(re.search(r"^val/loss +([\d.]+) \(best.ckpt\)$", output, re.M)[1])  # type: ignore[index]
     bits = float(re.search(r"^bits/byte +([\d.]+)$", output, re.M)[1])  # type: ignore[index]
     assert bits == pytest.approx(loss / 0.693147, abs=2e-3)
     assert torch.load(RUN / "simple_language_model.pt", weights_only=True)["tokenizer"] == "bytes"
 
 
-def test_two_devices_train_as_one_run(workdir: Path) -> None:
-    flags = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2"]
+def test_two_devices_train_as_one_run(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--data.val_fraction=0.04"]
     result = run_command(str(ROOT / "train.py"), *SMALL, *flags, cwd=workdir)
     assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[1:] == []
     assert [path.name for path in (workdir / "runs").iterdir()] == ["version_0"]
-    assert result.stdout.count("val/loss") == 1
+    [loss] = re.findall(r"^val/loss +([\d.]+)", result.stdout, re.M)
+    capsys.readouterr()
+    main(["validate", "--ckpt_path=best"])
+    [alone] = re.findall(r"val/loss +([\d.]+)", capsys.readouterr().out)
+    assert float(loss) == pytest.approx(float(alone), abs=6e-4)
 
 
 # ---- Lightning's own flags
@@ -261,11 +267,15 @@ def test_a_callback_and_a_logger_of_the_users_join_the_projects(slm: Run, workdi
         "    - {class_path: EarlyStopping, init_args: {monitor: val/loss, patience: 1, min_delta: 100}}\n"
         "  logger: {class_path: CSVLogger, init_args: {save_dir: csv}}\n"
     )
-    kinds = [type(callback) for callback in built(*SMALL, "--config=mine.yaml").callbacks]
-    assert EarlyStopping in kinds
-    assert BestCheckpoint in kinds
+    trainer = built(*SMALL, "--config=mine.yaml")
+    assert {EarlyStopping, BestCheckpoint} <= {type(callback) for callback in trainer.callbacks}
+    assert [type(logger).__name__ for logger in trainer.loggers] == ["TensorBoardLogger", "CSVLogger"]
     shutil.rmtree("runs")
-    slm(*SMALL, "--config=mine.yaml", "--trainer.max_epochs=9")
+    assert re.search(
+        r"^stopped +early, at step \d+, by a callback$",
+        slm(*SMALL, "--config=mine.yaml", "--trainer.max_epochs=9"),
+        re.M,
+    )
     assert "val/loss" in next(workdir.glob("csv/**/metrics.csv")).read_text()
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
 
@@ -298,7 +308,18 @@ def test_a_callback_and_a_logger_of_the_users_join_the_projects(slm: Run, workdi
         (["--data.init_args.max_seq_len", "9"], "data.max_seq_len is taken from the model: set model.max_seq_len"),
         (["--data.num_tokens=100"], "100 tokens are too few"),
         (["--data=TextData"], "vocab_size=10000 does not fit text as bytes"),
+        (["--data", "{class_path: DummyData, init_args: {vocab_size: 9}}"], "data.vocab_size is taken from the model"),
+        (["--data.init_args", "{max_seq_len: 9}"], "data.max_seq_len is taken from the model"),
+        (["--config", "{data: {init_args: {vocab_size: 9}}}"], "data.vocab_size is taken from the model"),
+        (["--config", "{ckpt_path: last}"], "ckpt_path stands in a file of settings: give it as --ckpt_path"),
+        (["--data.path=x"], "data.path is a setting of TextData, which is not the data chosen"),
+        (["--model.vocab_size=0"], "vocab_size=0 must be at least 1"),
+        (["--model.max_seq_len=0"], "max_seq_len=0 must be at least 1"),
         (["--trainer.accelerator=foo"], "invalid accelerator name"),
+        (["--trainer.accelerator=tpu"], "torch_xla"),
+        (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches must be at least 1"),
+        (["--trainer.val_check_interval=5000"], "val_check_interval"),
+        (["--seed_everything=-1"], "seed_everything=-1 must be at least 0"),
         (["--trainer.devices=abc"], "devices"),
         (["--config=nothing.yaml"], "nothing.yaml cannot be read: No such file"),
         (["--ckpt_path"], "--ckpt_path needs a value"),
@@ -353,6 +374,22 @@ def test_a_missing_or_broken_default_config_is_an_error(workdir: Path, content: 
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert message in result.stderr
+
+
+def test_a_callback_that_waits_for_an_unknown_metric_is_one_line(
+    workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = "{trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val_loss}}]}}"
+    with pytest.raises(SystemExit) as exit_info:
+        main([*SMALL, "--config", stop])
+    assert exit_info.value.code == 2
+    assert re.search(r"^error: Early stopping .* `val_loss`.*`val/loss`", capsys.readouterr().err, re.M)
+
+
+def test_two_commands_at_once_get_two_folders(workdir: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: claim_run(), range(40)))
+    assert len(set(runs)) == 40
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused(refused: Run, workdir: Path) -> None:

@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +91,22 @@ def test_evaluation_reads_the_held_out_windows_in_their_order() -> None:
         assert torch.equal(tokens.flatten(), data.val_windows.stream[:-1])
 
 
+def test_several_devices_share_the_windows_without_overlap_and_without_repeating_one() -> None:
+    data = small_data(val_fraction=0.3, batch_size=4)
+    data.setup()
+    shares = []
+    for rank in range(2):
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)  # type: ignore[assignment]
+        shares.append((list(data.train_dataloader().sampler), list(data.val_dataloader().sampler)))
+    (train_0, val_0), (train_1, val_1) = shares
+    assert data.train_windows is not None
+    assert data.val_windows is not None
+    assert len(data.val_windows) % 2 == 1
+    assert sorted(val_0 + val_1) == list(range(len(data.val_windows)))
+    assert set(train_0) | set(train_1) == set(range(len(data.train_windows)))
+    assert len(set(train_0) & set(train_1)) <= 1
+
+
 def test_dummy_data_knows_what_can_be_reached() -> None:
     data = DummyData(50, 16)
     assert data.optimum == data.source.optimum(16)
@@ -108,6 +125,9 @@ def test_dummy_data_knows_what_can_be_reached() -> None:
         ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"num_tokens": 0}, "num_tokens=0 must be at least 1"),
+        ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
+        ({"max_seq_len": 0}, "max_seq_len=0 must be at least 1"),
+        ({"seed": 2**63}, "seed=9223372036854775808 must be"),
     ],
 )
 def test_an_argument_out_of_range_is_refused_with_its_value(changes: dict[str, int], message: str) -> None:
@@ -174,9 +194,19 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     refuse_text(tmp_path, "the folder holds no files")
 
 
-def test_an_empty_file_is_refused_as_too_short(tmp_path: Path) -> None:
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
-    refuse_text(tmp_path / "empty.txt", "1 tokens are too few")
+    refuse_text(tmp_path / "empty.txt", "empty.txt holds no text at all")
+
+
+def test_a_short_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    refuse_text(tmp_path / "short.txt", "10 tokens are too few")
+
+
+def test_utf16_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "wide.txt").write_text("words", encoding="utf-16")
+    refuse_text(tmp_path / "wide.txt", "wide.txt is UTF-16 text")
 
 
 def test_text_that_is_not_utf8_is_refused_with_file_and_offset(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def test_the_optimizer_is_the_one_asked_for_and_decays_matrices_alone(name: str,
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert [decays[id(p)] for p in model.parameters()] == [0.3 if p.ndim == 2 else 0.0 for p in model.parameters()]
     assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+    assert optimizer.defaults.get("momentum", 0.9) == 0.9
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,10 @@ def test_a_run_of_a_few_dozen_steps_has_every_curve(curves: EventAccumulator) ->
     assert tags - train - validation == {"epoch", "best/val_loss"}
     for tag in train:
         assert [point.step for point in curves.Scalars(tag)] == [9, 19, 29, 39, 49], tag
+    assert [point.value for point in curves.Scalars("lr")] == [pytest.approx(1e-3)] * 5
+    losses = [point.value for point in curves.Scalars("train/loss")]
+    assert losses[0] == pytest.approx(math.log(20), abs=0.1)
+    assert losses[-1] == pytest.approx(curves.Scalars("val/loss")[-1].value, abs=0.3)
     for tag in validation:
         assert len(curves.Scalars(tag)) == 2, tag
 

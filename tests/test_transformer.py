@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slm.errors import InputError
-from slm.transformer import Block, Transformer
+from slm.transformer import Block, CausalSelfAttention, FeedForward, Transformer
 
 SIZES = {
     "vocab_size": 50,
@@ -100,6 +100,19 @@ def test_the_parameters_are_those_of_a_gpt2_of_this_size() -> None:
     embed, hidden = 32, 64
     layer = 4 * embed * embed + 4 * embed + 2 * embed * hidden + hidden + embed + 4 * embed
     assert sum(p.numel() for p in make().parameters()) == 50 * embed + 12 * embed + 2 * layer + 2 * embed
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_dropout_acts_on_attention_weights_and_on_what_each_branch_adds(inner: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 9, 8)
+    attention, feed_forward = CausalSelfAttention(8, 2, dropout=0.5), FeedForward(8, 16, dropout=0.5)
+    if inner:
+        attention.dropout.p = 0.0
+    else:
+        attention.attention_dropout = 0.0
+    assert not torch.equal(attention(x), attention(x))
+    assert not torch.equal(feed_forward(x), feed_forward(x))
 
 
 def test_dropout_acts_in_training_alone() -> None:
