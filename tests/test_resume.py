@@ -350,9 +350,14 @@ def test_a_stray_config_beside_a_copied_checkpoint_is_not_taken_for_its_runs(slm
     assert "val/loss" in slm("validate", "--ckpt_path=other/mine.ckpt")
 
 
-def test_settings_that_cannot_be_written_are_refused(trained: Path, refused: Run) -> None:
+def test_settings_that_cannot_be_written_are_refused(
+    slm: Run, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (RUN / "config.yaml.tmp").mkdir()
-    assert "config.yaml cannot be written" in refused("--ckpt_path=last", "--trainer.max_epochs=3")
+    with pytest.raises(SystemExit) as exit_info:
+        slm("--ckpt_path=last", "--trainer.max_epochs=3")
+    assert exit_info.value.code == 2
+    assert f"error: {RUN}/config.yaml cannot be written: Is a directory" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_checkpoint_is_refused(refused: Run, workdir: Path) -> None:
