@@ -158,6 +158,7 @@ class TextData(TokenData):
     def __init__(self, *args: Any, path: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         vocab_size = self.hparams["vocab_size"]
+        check(path != "", "data.path is empty: give a file or a folder, or leave it out")
         check(
             vocab_size == NUM_BYTES,
             f"vocab_size={vocab_size} does not fit text as bytes, which has {NUM_BYTES} ids: "

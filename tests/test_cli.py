@@ -313,6 +313,8 @@ def test_a_callback_and_a_logger_of_the_users_join_the_projects(slm: Run, workdi
         (["--config", "{data: {init_args: {vocab_size: 9}}}"], "data.vocab_size is taken from the model"),
         (["--config", "{ckpt_path: last}"], "ckpt_path stands in a file of settings: give it as --ckpt_path"),
         (["--data.path=x"], "data.path is a setting of TextData, which is not the data chosen"),
+        (["--data=TextData", "--model.vocab_size=256", "--data.path="], "data.path is empty"),
+        (["--data=null"], "data"),
         (["--model.vocab_size=0"], "vocab_size=0 must be at least 1"),
         (["--model.max_seq_len=0"], "max_seq_len=0 must be at least 1"),
         (["--trainer.accelerator=foo"], "invalid accelerator name"),
