@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,13 @@ def test_speed_counts_the_tokens_of_an_accumulated_step() -> None:
         callbacks=[step_monitor, seen],
     )
     assert seen.tokens == [160, 320, 0, 160, 320, 0]
+
+
+def test_speed_counts_the_tokens_of_all_devices() -> None:
+    step_monitor = StepMonitor()
+    trainer: Any = SimpleNamespace(world_size=3, global_step=1, log_every_n_steps=10)
+    step_monitor.on_train_batch_end(trainer, small_model(), None, (torch.zeros(2, 5), torch.zeros(2, 5)), 0)
+    assert step_monitor._tokens == 30
 
 
 @pytest.fixture
