@@ -12,7 +12,7 @@ from jsonargparse import get_loader
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 
-from slm.checkpoint import WEIGHTS_NAME, read_checkpoint, resolve_checkpoint
+from slm.checkpoint import RUNS, WEIGHTS_NAME, read_checkpoint, resolve_checkpoint
 from slm.errors import InputError, check
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -108,7 +108,11 @@ def read_settings(config: str) -> dict[str, Any]:
 
 def _find_checkpoint(request: Request, ckpt_path: str) -> None:
     fitting = request.subcommand == "fit"
-    path = resolve_checkpoint(ckpt_path, prefer="last" if fitting else "best")
+    roots = _take_option(request.flags, "--trainer.default_root_dir")[1]
+    runs = Path(roots[-1]) / RUNS if roots else RUNS
+    path = resolve_checkpoint(ckpt_path, prefer="last" if fitting else "best", runs=runs)
+    if path.parent.parent == Path() or path.parent == Path():  # given from inside the run's folder
+        path = path.absolute()
     is_of_run = path.parent.name == "checkpoints" or path.name == WEIGHTS_NAME
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     config = run / "config.yaml" if is_of_run and (run / "config.yaml").is_file() else None

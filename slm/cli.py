@@ -131,11 +131,9 @@ class CommandLine(LightningCLI):
         if reason:
             say(reason)
         trained_on = (self.request.content or {}).get("tokenizer", self.datamodule.tokenizer)
-        check(
-            trained_on == self.datamodule.tokenizer,
-            f"{self.request.checkpoint} was trained with tokenizer={trained_on}, the data has "
-            f"tokenizer={self.datamodule.tokenizer}: name its own data with --data or --config",
-        )
+        mismatch = f"trained with tokenizer={trained_on}, the data has tokenizer={self.datamodule.tokenizer}"
+        fits = trained_on == self.datamodule.tokenizer
+        check(fits, f"{self.request.checkpoint} was {mismatch}: name its own data with --data or --config")
         self.datamodule.setup()
         keeps = self.subcommand == "fit" and not asked.fast_dev_run
         self.run = self.request.run if keeps else None
@@ -210,7 +208,10 @@ class CommandLine(LightningCLI):
     def after_validate(self) -> None:
         windows = self.datamodule.val_windows
         assert windows is not None
-        say(f"{self.subcommand}: the held-out split, {len(windows)} windows of {windows.seq_len} tokens")
+        used = sum(self.trainer.num_val_batches if self.subcommand == "validate" else self.trainer.num_test_batches)
+        there = len(self.datamodule.val_dataloader())
+        part = "" if used >= there else f", only the first {used} of its {there} batches"
+        say(f"{self.subcommand}: the held-out split, {len(windows)} windows of {windows.seq_len} tokens{part}")
 
     after_test = after_validate
 

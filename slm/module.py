@@ -166,7 +166,7 @@ class LanguageModel(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let this module's hyper-parameters win over the stored ones, or refuse where they cannot.
+        """Let this module's hyper-parameters win over the stored ones, and an epoch that was cut short be finished.
 
         Raises:
             InputError: a hyper-parameter that the stored weights or optimizer state are tied to differs.
@@ -174,12 +174,18 @@ class LanguageModel(LightningModule):
         stored = checkpoint["hyper_parameters"]
         check_applicable(stored, self.hparams)
         changed = {name for name, value in self.hparams.items() if stored.get(name, value) != value}
+        loops = checkpoint.get("loops", {}).get("fit_loop", {})
+        if loops and not loops["epoch_loop.batch_progress"]["is_last_batch"]:
+            # max_steps or max_time ended the epoch early, and Lightning would count it as one of max_epochs
+            for progress in (loops["epoch_progress"]["current"], loops["epoch_progress"]["total"]):
+                progress["processed"] = progress["completed"]
         for state in checkpoint.get("optimizer_states", []):
+            matrices = state["param_groups"][0]
+            if "weight_decay" in changed:
+                matrices["weight_decay"] = self.hparams["weight_decay"]
             for group in state["param_groups"]:
                 if "learning_rate" in changed:
                     group["lr"] = self.hparams["learning_rate"]
-                if "weight_decay" in changed and group["weight_decay"] > 0:
-                    group["weight_decay"] = self.hparams["weight_decay"]
         for schedule in checkpoint.get("lr_schedulers", []):
             for name, entry in (("plateau_factor", "factor"), ("plateau_patience", "patience")):
                 if name in changed:

@@ -115,7 +115,8 @@ def _reached(trainer: Trainer, data: TokenData, metrics: Mapping[str, Any], sour
         yield "val/loss", "none: nothing was validated"
         return
     used, there = sum(trainer.num_val_batches), len(data.val_dataloader())
-    partial = "" if used >= there else f" (on {used} of {there} batches: limit_val_batches={trainer.limit_val_batches})"
+    flag = "overfit_batches" if trainer.overfit_batches else "limit_val_batches"  # type: ignore[attr-defined]
+    partial = "" if used >= there else f" (on {used} of {there} batches: {flag}={getattr(trainer, flag)})"
     known = {"optimum": data.optimum, "unigram": data.unigram}
     facts = [f"{name} {value:.3f}" for name, value in known.items() if value is not None]
     yield "val/loss", ", ".join([f"{metrics['val/loss']:.3f}", *facts]) + partial + source

@@ -224,6 +224,13 @@ def test_loading_a_checkpoint_lets_the_modules_own_hyper_parameters_win(tmp_path
     assert (schedule.patience, schedule.factor, schedule.min_lrs) == (7, 0.1, [1e-6, 1e-6])  # type: ignore[union-attr]
 
 
+def test_a_decay_can_be_turned_on_for_a_run_that_had_none(tmp_path: Path) -> None:
+    fit(small_model(weight_decay=0.0)).save_checkpoint(tmp_path / "one.ckpt")
+    again = Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False)
+    again.fit(small_model(weight_decay=0.5), datamodule=small_data(), ckpt_path=tmp_path / "one.ckpt")
+    assert [group["weight_decay"] for group in again.optimizers[0].param_groups] == [0.5, 0.0]
+
+
 def test_a_reduced_rate_is_kept_where_no_other_is_asked_for(tmp_path: Path) -> None:
     model = Scripted(**SMALL, learning_rate=0.8, plateau_patience=0)
     model.losses = (3.0, 3.0)

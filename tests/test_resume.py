@@ -193,6 +193,35 @@ def test_after_max_time_the_report_offers_more_time(slm: Run) -> None:
     assert steps() > done
 
 
+@pytest.mark.parametrize("stops", [[20], [20, 30], [55]])
+def test_an_epoch_that_max_steps_cut_short_is_finished_and_not_counted(slm: Run, stops: list[int]) -> None:
+    flags = [*SMALL, "--data.batch_size=4", "--trainer.max_epochs=3"]
+    for stop in stops:
+        slm(*flags, f"--trainer.max_steps={stop}")
+        flags = ["--ckpt_path=last"]
+    slm("--ckpt_path=last", "--trainer.max_steps=-1")
+    assert steps() >= 3 * 28
+    assert torch.load(LAST, weights_only=True)["epoch"] == 2
+
+
+def test_last_is_looked_for_where_the_runs_are(slm: Run, trained: Path) -> None:
+    slm(*SMALL, "--trainer.max_epochs=1", "--trainer.default_root_dir=out")
+    before = LAST.read_bytes()
+    slm("--ckpt_path=last", "--trainer.default_root_dir=out", "--trainer.max_epochs=2")
+    assert torch.load("out/runs/version_0/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+    assert LAST.read_bytes() == before
+
+
+@pytest.mark.parametrize(("folder", "path"), [("checkpoints", "last.ckpt"), (".", "checkpoints/last.ckpt"), (".", ".")])
+def test_a_run_goes_on_in_its_folder_from_inside_it_too(
+    slm: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, folder: str, path: str
+) -> None:
+    last = LAST.absolute()
+    monkeypatch.chdir(RUN / folder)
+    slm(f"--ckpt_path={path}", "--trainer.max_epochs=3")
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+
+
 # ---- evaluation
 
 
@@ -206,6 +235,7 @@ def test_validate_and_test_measure_every_held_out_window_of_the_best_checkpoint(
     validated, tested = slm("validate", "--ckpt_path=best"), slm("test", "--ckpt_path=runs/version_0")
     assert "validate: the held-out split, 12 windows of 16 tokens" in validated
     assert "test: the held-out split, 12 windows of 16 tokens" in tested
+    assert "only the first 2 of its 6 batches" in slm("validate", "--ckpt_path=best", "--trainer.limit_val_batches=2")
     assert table(validated, "val/loss") == table(tested, "test/loss") != pytest.approx(partial, abs=1e-3)
     assert table(validated, "val/optimum") == table(tested, "test/optimum") > 0
     assert [path.name for path in Path("runs").iterdir()] == ["version_0"]
