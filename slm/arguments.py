@@ -113,9 +113,10 @@ def _find_checkpoint(request: Request, ckpt_path: str) -> None:
     path = resolve_checkpoint(ckpt_path, prefer="last" if fitting else "best", runs=runs)
     if path.parent.parent == Path() or path.parent == Path():  # given from inside the run's folder
         path = path.absolute()
-    is_of_run = path.parent.name == "checkpoints" or path.name == WEIGHTS_NAME
-    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    config = run / "config.yaml" if is_of_run and (run / "config.yaml").is_file() else None
+    in_checkpoints = path.parent.name == "checkpoints"
+    run = path.parent.parent if in_checkpoints else path.parent
+    has_config = (in_checkpoints or path.name == WEIGHTS_NAME) and (run / "config.yaml").is_file()
+    config = run / "config.yaml" if has_config else None
     if fitting and ckpt_path == "last" and not path.is_file():
         request.run = run
         request.stored = [] if config is None else [f"--config={config}"]

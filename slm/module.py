@@ -180,12 +180,11 @@ class LanguageModel(LightningModule):
             for progress in (loops["epoch_progress"]["current"], loops["epoch_progress"]["total"]):
                 progress["processed"] = progress["completed"]
         for state in checkpoint.get("optimizer_states", []):
-            matrices = state["param_groups"][0]
+            matrices, vectors = state["param_groups"]
             if "weight_decay" in changed:
                 matrices["weight_decay"] = self.hparams["weight_decay"]
-            for group in state["param_groups"]:
-                if "learning_rate" in changed:
-                    group["lr"] = self.hparams["learning_rate"]
+            if "learning_rate" in changed:
+                matrices["lr"] = vectors["lr"] = self.hparams["learning_rate"]
         for schedule in checkpoint.get("lr_schedulers", []):
             for name, entry in (("plateau_factor", "factor"), ("plateau_patience", "patience")):
                 if name in changed:
