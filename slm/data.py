@@ -3,20 +3,28 @@
 B batch, T time (`max_seq_len`): every batch is (tokens (B, T), targets (B, T)), int64.
 """
 
+import math
+import signal
+from hashlib import blake2b
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from slm.corpus import NUM_BYTES, byte_stream
 from slm.errors import check
-from slm.loader import Windows
+from slm.loader import ShuffledOrder, StreamOrder, Windows
 from slm.source import MarkovSource, UniformSource
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
+
+SECONDS_TO_STOP = 300
+"""How long a worker serves on after a SIGTERM: longer than any scheduler waits for the training process to stop."""
 
 
 class TokenData(LightningDataModule):
@@ -44,6 +52,8 @@ class TokenData(LightningDataModule):
     unigram: float | None = None
     """The lowest expected loss of a model that ignores the context, in nats per token; None if unknown."""
     best_accuracy: float | None = None
+    fingerprint: str | None = None
+    """Of its tokens, their split and their order, once they are there."""
 
     def __init__(
         self,
@@ -64,6 +74,8 @@ class TokenData(LightningDataModule):
         self.save_hyperparameters()
         self.train_windows: Windows | None = None
         self.val_windows: Windows | None = None
+        self._loaders = WeakSet[Loader]()
+        self.start_at(0, 0)
 
     def stream(self) -> Tensor:
         """The tokens (N,), of any integer type; called once, in `setup`."""
@@ -73,6 +85,8 @@ class TokenData(LightningDataModule):
         if self.train_windows is not None:
             return
         stream, seq_len = self.stream(), self.hparams["max_seq_len"]
+        order = f"{self.hparams['seed']} {self.hparams['val_fraction']}".encode()
+        self.fingerprint = blake2b(stream.contiguous().numpy().data, digest_size=16, key=order).hexdigest()
         num_windows = (len(stream) - 1) // seq_len
         check(
             num_windows >= 2,
@@ -84,12 +98,39 @@ class TokenData(LightningDataModule):
         self.train_windows = Windows(stream[:boundary], seq_len)
         self.val_windows = Windows(stream[boundary - 1 :], seq_len)
 
+    def start_at(self, epoch: int, windows: int) -> None:
+        """Let `train_dataloader` begin in this epoch, after so many of its windows, counted over all devices."""
+        self._start_epoch, self._start_windows = epoch, windows
+
+    @property
+    def first_batch(self) -> int:
+        """The number of the batch, within its epoch, that `train_dataloader` begins with."""
+        order, batch_size = self._order(), self.hparams["batch_size"]
+        left = max(0, len(order) - self._start_windows // self._share()["num_replicas"])
+        return math.ceil(len(order) / batch_size) - math.ceil(left / batch_size)
+
+    def windows_before(self, epoch: int, batch: int) -> int:
+        """How many windows of the epoch, counted over all devices, come before this batch."""
+        first, before = (self.first_batch, self._start_windows) if epoch == self._start_epoch else (0, 0)
+        return before + (batch - first) * self.hparams["batch_size"] * self._share()["num_replicas"]
+
     def train_dataloader(self) -> Loader:
-        """The training windows in an order that is a function of (seed, epoch)."""
+        """The training windows in an order that is a function of (seed, epoch), from where `start_at` says.
+
+        Raises:
+            InputError: there are fewer windows than devices.
+        """
         assert self.train_windows is not None
-        return self._loader(
-            self.train_windows, DistributedSampler(self.train_windows, **self._share(), seed=self.hparams["seed"])
-        )
+        order, num_replicas = self._order(), self._share()["num_replicas"]
+        check(len(order) > 0, f"{len(self.train_windows)} training windows are too few for {num_replicas} devices")
+        order.start_at(self._start_epoch, self._start_windows // num_replicas)
+        return self._loader(self.train_windows, order)
+
+    def _order(self) -> ShuffledOrder | StreamOrder:
+        assert self.train_windows is not None
+        if self.trainer is not None and getattr(self.trainer, "overfit_batches", False):
+            return StreamOrder(self.train_windows)
+        return ShuffledOrder(self.train_windows, self.hparams["seed"], **self._share())
 
     def val_dataloader(self) -> Loader:
         """The held-out windows in their order, each once, whatever the number of devices."""
@@ -105,16 +146,41 @@ class TokenData(LightningDataModule):
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         return {"num_replicas": world_size, "rank": rank}
 
-    def _loader(self, windows: Windows, sampler: DistributedSampler[Any]) -> Loader:
+    def _loader(self, windows: Windows, sampler: Sampler[Any]) -> Loader:
         num_workers = self.hparams["num_workers"]
-        return DataLoader(
+        loader = DataLoader(
             windows,
             batch_size=self.hparams["batch_size"],
             sampler=sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator().manual_seed(self.hparams["seed"]),  # else it draws from the model's numbers
         )
+        self._loaders.add(loader)
+        return loader
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.teardown()
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the workers, which would be waited for when the process exits."""
+        for loader in self._loaders:
+            if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
+                loader._iterator._shutdown_workers()
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C, and often SIGTERM, reach every process; the training process needs its workers to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(signum: int, frame: Any) -> None:
+    signal.alarm(SECONDS_TO_STOP)
 
 
 class DummyData(TokenData):

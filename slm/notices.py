@@ -1,10 +1,13 @@
-"""What the libraries underneath say: notices that nobody can act on are silenced, the parser's errors made one line."""
+"""What is said: the project's own lines; the libraries' notices, silenced by name; the parser's errors in one line."""
 
 import difflib
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Mapping
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 LOG_LINES = {
     "lightning.fabric.utilities.seed": [r"(\[rank: \d+\] )?Seed set to "],
@@ -33,13 +36,15 @@ WARNINGS = {
     "lightning.pytorch.trainer.connectors.data_connector": [
         "You have overridden `on_before_batch_transfer` in `LightningModule`",  # which is where it belongs
         "The '.*_dataloader' does not have many workers",  # the windows come from memory
-        "You requested to overfit but enabled train dataloader shuffling",
     ],
     "lightning.pytorch.trainer.call": [
         "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # an evaluation needs none
     ],
     "lightning.pytorch.loops.fit_loop": [
         "The number of training batches .* is smaller than the logging interval",  # it counts on over epochs
+    ],
+    "lightning.pytorch.loops.training_epoch_loop": [
+        "You're resuming from a checkpoint that ended before the epoch ended",  # the data goes on where it was
     ],
     "lightning.pytorch.callbacks.model_checkpoint": [
         "Checkpoint directory .* exists and is not empty",  # a resumed run's own
@@ -66,6 +71,12 @@ class _Silence(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not self.pattern.match(record.getMessage())
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Print a line on stderr, once, however many processes there are."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def explain_parser_error(message: str, known: Mapping[str, str]) -> str:

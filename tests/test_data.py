@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -5,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fit, small_data, small_model
+from conftest import fit, run_command, small_data, small_model
 
 from slm.corpus import END_OF_TEXT, byte_stream
 from slm.data import DummyData, TextData
@@ -82,6 +83,28 @@ def test_workers_deliver_the_same_batches_as_the_training_process() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
 
 
+def test_the_workers_end_with_the_data() -> None:
+    data = small_data(num_workers=2)
+    data.setup()
+    loader = data.train_dataloader()
+    next(iter(loader))
+    assert len(multiprocessing.active_children()) == 2
+    data.on_exception(KeyError())
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_leaves_signals_to_the_training_process(tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from slm.data import SECONDS_TO_STOP, _leave_signals_to_the_parent\n"
+        "_leave_signals_to_the_parent(0)\n"
+        "for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):\n"
+        "    os.kill(os.getpid(), signum)\n"
+        "print(0 < signal.alarm(0) <= SECONDS_TO_STOP)\n"
+    )
+    assert run_command("-c", code, cwd=tmp_path).stdout == "True\n"
+
+
 def test_evaluation_reads_the_held_out_windows_in_their_order() -> None:
     data = small_data(val_fraction=0.5, batch_size=7)
     data.setup()
@@ -103,8 +126,36 @@ def test_several_devices_share_the_windows_without_overlap_and_without_repeating
     assert data.val_windows is not None
     assert len(data.val_windows) % 2 == 1
     assert sorted(val_0 + val_1) == list(range(len(data.val_windows)))
-    assert set(train_0) | set(train_1) == set(range(len(data.train_windows)))
-    assert len(set(train_0) & set(train_1)) <= 1
+    assert len(train_0) == len(train_1) == len(data.train_windows) // 2
+    assert len(set(train_0 + train_1)) == 2 * len(train_0)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 3])
+@pytest.mark.parametrize("batch", [0, 1, 3, 9])
+def test_training_goes_on_before_any_batch_on_any_number_of_devices(num_replicas: int, batch: int) -> None:
+    def batches(data: DummyData) -> list[list[list[int]]]:
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(2)  # type: ignore[attr-defined]
+        return [tokens.tolist() for tokens, _ in loader]
+
+    for rank in range(num_replicas):
+        whole, rest = small_data(batch_size=4), small_data(batch_size=4)
+        for data in (whole, rest):
+            data.setup()
+            data.trainer = SimpleNamespace(world_size=num_replicas, global_rank=rank)  # type: ignore[assignment]
+        rest.start_at(2, whole.windows_before(2, batch))
+        assert rest.first_batch == batch
+        assert batches(rest) == batches(whole)[batch:]
+        assert rest.windows_before(2, batch + 1) == whole.windows_before(2, batch + 1)
+        assert rest.windows_before(3, 1) == whole.windows_before(3, 1)
+
+
+def test_fewer_windows_than_devices_are_refused() -> None:
+    data = small_data(num_tokens=33)
+    data.setup()
+    data.trainer = SimpleNamespace(world_size=2, global_rank=0)  # type: ignore[assignment]
+    with pytest.raises(InputError, match="1 training windows are too few for 2 devices"):
+        data.train_dataloader()
 
 
 def test_dummy_data_knows_what_can_be_reached() -> None:
