@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import SumMetric
 
-from slm.checkpoint import load_weights, read_checkpoint, resolve_checkpoint
-from slm.errors import InputError, check
+from slm.accumulation import AccumulationWindow
+from slm.checkpoint import load_weights, open_checkpoint
+from slm.errors import InputError, NotFiniteError, check
 from slm.transformer import Transformer
 
 Batch = tuple[Tensor, Tensor]
@@ -66,7 +67,8 @@ class LanguageModel(LightningModule):
         min_learning_rate: float = 1e-5,
     ) -> None:
         super().__init__()
-        check(learning_rate > 0, f"learning_rate={learning_rate} must be above 0")
+        largest = torch.finfo(torch.float32).max
+        check(0 < learning_rate < largest, f"learning_rate={learning_rate} must be above 0 and below {largest:.1e}")
         check(optimizer in ("adamw", "adam", "sgd"), f"optimizer={optimizer} must be adamw, adam or sgd")
         check(weight_decay >= 0, f"weight_decay={weight_decay} must be at least 0")
         check(0 < plateau_factor < 1, f"plateau_factor={plateau_factor} must be above 0 and below 1")
@@ -78,6 +80,7 @@ class LanguageModel(LightningModule):
         self.loss_sum = SumMetric(nan_strategy="disable")
         self.num_correct = SumMetric(nan_strategy="disable")
         self.num_tokens = SumMetric(nan_strategy="disable")
+        self._window = AccumulationWindow()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of tokens (B, T)."""
@@ -95,12 +98,26 @@ class LanguageModel(LightningModule):
         tokens, targets = batch
         loss = F.cross_entropy(self(tokens).flatten(0, 1).float(), targets.flatten())
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return self._window.weigh(loss, tokens.numel())
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self._window.add_loss(loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient's norm as it is before clipping."""
+        """Give the gradient its true scale, and log its norm as it is before clipping.
+
+        Raises:
+            NotFiniteError: the loss or the gradient is not finite.
+        """
+        window, self._window = self._window, AccumulationWindow()
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        window.rescale(gradients, self.trainer.accumulate_grad_batches)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        window.check_finite(norm, getattr(self.trainer.precision_plugin, "scaler", None), self.trainer.global_step)
+        self.log("train/grad_norm", norm)
+
+    def on_train_start(self) -> None:
+        self._window = AccumulationWindow()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         tokens, targets = batch
@@ -165,8 +182,18 @@ class LanguageModel(LightningModule):
         schedule = {"scheduler": scheduler, "monitor": "val/loss", "frequency": sys.maxsize}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to replace a sound checkpoint by one that is not.
+
+        Raises:
+            NotFiniteError: a weight is not finite.
+        """
+        for name, weights in checkpoint["state_dict"].items():
+            if not torch.isfinite(weights).all():
+                raise NotFiniteError(f"step {self.trainer.global_step}: {name}")
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let this module's hyper-parameters win over the stored ones, and an epoch that was cut short be finished.
+        """Let this module's hyper-parameters win over the stored ones.
 
         Raises:
             InputError: a hyper-parameter that the stored weights or optimizer state are tied to differs.
@@ -174,11 +201,6 @@ class LanguageModel(LightningModule):
         stored = checkpoint["hyper_parameters"]
         check_applicable(stored, self.hparams)
         changed = {name for name, value in self.hparams.items() if stored.get(name, value) != value}
-        loops = checkpoint.get("loops", {}).get("fit_loop", {})
-        if loops and not loops["epoch_loop.batch_progress"]["is_last_batch"]:
-            # max_steps or max_time ended the epoch early, and Lightning would count it as one of max_epochs
-            for progress in (loops["epoch_progress"]["current"], loops["epoch_progress"]["total"]):
-                progress["processed"] = progress["completed"]
         for state in checkpoint.get("optimizer_states", []):
             matrices, vectors = state["param_groups"]
             if "weight_decay" in changed:
@@ -189,6 +211,8 @@ class LanguageModel(LightningModule):
             for name, entry in (("plateau_factor", "factor"), ("plateau_patience", "patience")):
                 if name in changed:
                     schedule[entry] = self.hparams[name]
+            if "learning_rate" in changed:
+                schedule["_last_lr"] = [self.hparams["learning_rate"]] * len(schedule["_last_lr"])
             if "min_learning_rate" in changed:
                 schedule["min_lrs"] = [self.hparams["min_learning_rate"]] * len(schedule["min_lrs"])
 
@@ -212,8 +236,7 @@ def load(ckpt_path: str | Path) -> LanguageModel:
     Raises:
         InputError: there is no such checkpoint, or it is damaged or foreign.
     """
-    path = resolve_checkpoint(ckpt_path, prefer="best")
-    content = read_checkpoint(path)
+    path, content = open_checkpoint(ckpt_path, prefer="best")
     try:
         with torch.random.fork_rng(devices=[]):  # a new model draws its weights from the caller's random numbers
             model = LanguageModel(**content["hyper_parameters"])
