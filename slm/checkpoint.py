@@ -1,21 +1,24 @@
-"""Checkpoints: how they are found, read and kept, and what makes one whole.
+"""Checkpoints on disk: how they are found, read and written.
 
 A run is one folder, `runs/version_N/`, with `checkpoints/best.ckpt`, `checkpoints/last.ckpt` and the best weights as a
 plain dictionary in `simple_language_model.pt`.
 """
 
+import contextlib
 import inspect
 import io
-import os
 import pickle
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.plugins import TorchCheckpointIO
 
+from slm.durable import replace_file
 from slm.errors import InputError, check
+from slm.notices import say
 from slm.transformer import Transformer
 
 RUNS = Path("runs")
@@ -81,22 +84,63 @@ def resolve_checkpoint(ckpt_path: str | Path, prefer: str = "last", runs: Path =
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A `.ckpt` or `.pt` file as a dictionary with `hyper_parameters` and `state_dict`, on the CPU; runs no code in it.
 
+    The file is a zip archive, which carries a CRC-32 of everything in it; what does not match its own is refused.
+
     Raises:
         InputError: the file is missing, damaged, or not a checkpoint of this project.
     """
     check(path.is_file(), f"{path}: there is no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
+        file = io.BytesIO(path.read_bytes())
+    except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is damaged or not a checkpoint: torch.load refuses it") from error
+    damaged = f"{path} is damaged or not a checkpoint"
+    try:
+        bad_entry = zipfile.ZipFile(file).testzip()
+        check(bad_entry is None, f"{damaged}: {bad_entry} does not have the CRC-32 that was written with it")
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{damaged}: it is not a whole zip archive, which is what torch writes") from error
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{damaged}: it holds more than tensors and plain values, which could run code") from error
+    except Exception as error:  # damaged bytes can make the two readers raise anything
+        raise InputError(f"{damaged}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     known = isinstance(content, dict) and {"hyper_parameters", "state_dict"} <= content.keys()
     check(known, f"{path} is not a checkpoint of this project: it has no hyper_parameters and state_dict")
     hparams, sizes = content["hyper_parameters"], inspect.signature(Transformer).parameters.keys()
     known = isinstance(hparams, dict) and all(isinstance(hparams.get(name), int | float) for name in sizes)
     check(known, f"{path} is not a checkpoint of this project: its hyper_parameters do not give {', '.join(sizes)}")
     return content
+
+
+def open_checkpoint(ckpt_path: str | Path, prefer: str = "last", runs: Path = RUNS) -> tuple[Path, dict[str, Any]]:
+    """The file that `ckpt_path` means (see `resolve_checkpoint`) and its content (see `read_checkpoint`).
+
+    Where the last one of a run is meant and damaged, that is said, and the furthest sound one beside it is taken.
+
+    Raises:
+        InputError: there is no such file, or no sound one.
+    """
+    path = resolve_checkpoint(ckpt_path, prefer, runs)
+    try:
+        return path, read_checkpoint(path)
+    except InputError as error:
+        beside = sorted(file for file in path.parent.glob("*.ckpt") if file != path)
+        others = []
+        if str(ckpt_path) == "last" or (prefer == "last" and Path(ckpt_path).is_dir()):
+            for file in beside:
+                with contextlib.suppress(InputError):
+                    others.append((file, read_checkpoint(file)))
+        others = [(file, content) for file, content in others if "optimizer_states" in content]
+        if not others:
+            names = ", ".join(file.name for file in beside)
+            raise InputError(f"{error}; beside it: {names}" if names else str(error)) from error
+        other, content = max(others, key=lambda found: found[1]["global_step"])
+        say(f"{error}; {other}, of step {content['global_step']}, is taken in its place")
+        return other, content
 
 
 def load_weights(transformer: Transformer, content: dict[str, Any], path: Path) -> None:
@@ -108,94 +152,34 @@ def load_weights(transformer: Transformer, content: dict[str, Any], path: Path) 
         raise InputError(f"{path} does not fit this version of the model: {error}") from error
 
 
-class SelfContained(Callback):
-    """Adds to every checkpoint what a copy of it, alone, needs: which data it was trained on and its tokenizer."""
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints durably and reads them verified; a URL goes to Lightning's own writer, without that promise.
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        data = getattr(trainer, "datamodule", None)
-        if data is not None:
-            checkpoint["tokenizer"] = data.tokenizer
-            checkpoint["data"] = {
-                "class_path": f"{type(data).__module__}.{type(data).__qualname__}",
-                "init_args": {k: v for k, v in data.hparams.items() if k not in pl_module.hparams},
-            }
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """`best.ckpt` by validation loss, and with each new best its bare weights as a plain dictionary.
-
-    Args:
-        run: the run's folder.
+    Nothing that is read is ever run: no argument changes it.
     """
 
-    def __init__(self, run: Path) -> None:
-        super().__init__(
-            dirpath=run / "checkpoints",
-            filename="best",
-            monitor="val/loss",
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-            save_on_train_epoch_end=False,
-        )
-        self.weights_path = run / WEIGHTS_NAME
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if _is_url(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        buffer.seek(0)
+        try:
+            torch.load(buffer, map_location="meta", weights_only=True)
+        except pickle.UnpicklingError as error:
+            what = re.search(r"GLOBAL (\S+)", str(error))
+            raise InputError(
+                f"{path} would hold {what[1] if what else 'more than tensors and plain values'} and could not be read "
+                "again: let the state of every callback be tensors and plain values"
+            ) from error
+        replace_file(Path(path), buffer.getbuffer())
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        before = self.best_model_score
-        super().on_validation_end(trainer, pl_module)
-        if self.best_model_score is not before and trainer.is_global_zero:
-            _write_weights(trainer, pl_module, self.weights_path)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the best score when the run folder was moved, and forget it when only the checkpoint was."""
-        here = Path(str(self.dirpath)) / "best.ckpt"
-        if here.is_file():
-            moved = {"dirpath": self.dirpath, "best_model_path": str(here), "kth_best_model_path": str(here)}
-            scores = {str(here): score for score in state_dict["best_k_models"].values()}
-            super().load_state_dict({**state_dict, **moved, "best_k_models": scores})
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        if _is_url(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        return read_checkpoint(Path(path))
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """`last.ckpt`, after every validation, at the end of every epoch (which Lightning does alone), and on an exception.
-
-    Args:
-        run: the run's folder.
-    """
-
-    def __init__(self, run: Path) -> None:
-        super().__init__(
-            dirpath=run / "checkpoints",
-            filename="last",
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-            save_on_train_epoch_end=True,
-            save_on_exception=True,
-        )
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(Path(str(self.dirpath)) / "last.ckpt", weights_only=False)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore: the name is fixed."""
-
-
-def _write_weights(trainer: Trainer, module: Any, path: Path) -> None:
-    """Write `hyper_parameters`, the Transformer's `state_dict` and `tokenizer`, whole or not at all."""
-    content = {
-        "hyper_parameters": dict(module.hparams),
-        "state_dict": {name: value.cpu() for name, value in module.transformer.state_dict().items()},
-        "tokenizer": getattr(getattr(trainer, "datamodule", None), "tokenizer", None),
-    }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    replace_file(path, buffer.getvalue())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; raises InputError where it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+def _is_url(path: Any) -> bool:
+    return "://" in str(path)

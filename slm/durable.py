@@ -1,0 +1,49 @@
+"""Files that are there whole or not at all, whatever kills the process or fills the disk."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from slm.errors import NotWrittenError
+
+TEMPORARY = ".unfinished"
+"""The suffix of a file that is being written; one that is found at the start of a run is what a kill left."""
+
+
+def replace_file(path: Path, content: bytes | memoryview) -> None:
+    """Write a file so that at every instant, power cuts included, the old content or the new one is there whole.
+
+    Raises:
+        NotWrittenError: it cannot be; the old content is untouched and nothing is left beside it.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
+        raise NotWrittenError(
+            f"{path} cannot be written: {error.strerror}; what was there is untouched: make room, or permit writing"
+        ) from error
+    _fsync_folder(path.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make the new name durable too, where the system can open a folder and the file system knows how."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the half-written files that a killed process left in a folder."""
+    for leftover in folder.glob(f"*{TEMPORARY}"):
+        if leftover.is_file():
+            leftover.unlink()
