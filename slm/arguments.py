@@ -1,7 +1,6 @@
 """What a command line asks for: a subcommand, its flags, and the checkpoint whose settings come before them."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -9,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import get_loader
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 
-from slm.checkpoint import RUNS, WEIGHTS_NAME, read_checkpoint, resolve_checkpoint
+from slm.checkpoint import RUNS, WEIGHTS_NAME, open_checkpoint, resolve_checkpoint
 from slm.errors import InputError, check
+from slm.notices import say
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 LINKED = ("vocab_size", "max_seq_len")
@@ -110,7 +109,8 @@ def _find_checkpoint(request: Request, ckpt_path: str) -> None:
     fitting = request.subcommand == "fit"
     roots = _take_option(request.flags, "--trainer.default_root_dir")[1]
     runs = Path(roots[-1]) / RUNS if roots else RUNS
-    path = resolve_checkpoint(ckpt_path, prefer="last" if fitting else "best", runs=runs)
+    prefer = "last" if fitting else "best"
+    path = resolve_checkpoint(ckpt_path, prefer, runs)
     if path.parent.parent == Path() or path.parent == Path():  # given from inside the run's folder
         path = path.absolute()
     in_checkpoints = path.parent.name == "checkpoints"
@@ -121,14 +121,15 @@ def _find_checkpoint(request: Request, ckpt_path: str) -> None:
         request.run = run
         request.stored = [] if config is None else [f"--config={config}"]
         return
-    request.checkpoint, request.content = path, read_checkpoint(path)
-    if fitting and "optimizer_states" not in request.content:
+    path, content = open_checkpoint(ckpt_path, prefer, runs)
+    request.checkpoint, request.content = path, content
+    if fitting and "optimizer_states" not in content:
         raise InputError(f"{path} holds weights alone, no run can go on from it: give the .ckpt of its run")
     if fitting and config is not None:
         request.run = run
         request.stored = [f"--config={config}"]
         return
-    settings: dict[str, Any] = {"model": request.content["hyper_parameters"]}
+    settings: dict[str, Any] = {"model": content["hyper_parameters"]}
     if config is not None:
         stored = read_settings(str(config))
         missing = {"model", "data", "trainer"} - stored.keys()
@@ -138,11 +139,11 @@ def _find_checkpoint(request: Request, ckpt_path: str) -> None:
         settings = {"model": stored["model"], "data": stored["data"], "trainer": {}}
         if "precision" in stored["trainer"]:
             settings["trainer"]["precision"] = stored["trainer"]["precision"]
-    elif "data" in request.content:
-        settings["data"] = request.content["data"]
+    elif content.get("data", {}).get("class_path", "").startswith("slm.data."):  # another may run code when imported
+        settings["data"] = content["data"]
     else:
         named = _take_option(request.flags, "-c", "--config", "--data")[1]
-        check(bool(named), f"{path} does not say what data it was trained on: name it with --data or --config")
+        check(bool(named), f"{path} does not say what data of ours it was trained on: name it with --data or --config")
     request.stored = [f"--config={json.dumps(settings)}"]
 
 
@@ -179,26 +180,35 @@ def _refuse_ignored(flags: list[str]) -> None:
         check(f"data.{name}" not in given, f"data.{name} is taken from the model: set model.{name} instead")
 
 
-@rank_zero_only
-def say(message: str) -> None:
-    """Print a line on stderr, once, however many processes there are."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def say_what_changed(before: Mapping[str, Any], now: Mapping[str, Any], request: Request) -> None:
-    """Say which settings differ from those that belong to the checkpoint.
+def say_what_changed(before: Mapping[str, Any], now: Mapping[str, Any], request: Request) -> bool:
+    """Say which settings differ from those that belong to the checkpoint; returns whether other data is meant.
 
     Raises:
-        InputError: a run would go on with other data, on which its best loss means nothing.
+        InputError: a run would go on with other data, on which its best loss means nothing, and that is not meant; or
+            it has done more epochs than are asked for.
     """
-    for name in sorted(now.keys() - {"config"}):
+    check(
+        request.subcommand == "fit" or not now.get("allow_changed_data"),
+        f"{request.subcommand} takes any data: leave out --allow_changed_data",
+    )
+    done, wanted = (request.content or {}).get("position", {}).get("epoch", 0), now.get("trainer.max_epochs")
+    check(
+        request.subcommand != "fit" or wanted is None or not 0 <= wanted < done,
+        f"trainer.max_epochs={wanted} is less than the {done} epochs that the run has done: ask for more",
+    )
+    is_meant = bool(now.get("allow_changed_data"))
+    goes_on = request.run is not None and request.checkpoint is not None
+    harmless = ("batch_size", "num_workers", *(["path"] if goes_on else []))  # a text is told by its fingerprint
+    for name in sorted(now.keys() - {"config", "allow_changed_data"}):
         value, stored = now[name], before.get(name)
         if value == stored or (request.run is None and not name.startswith(("model.", "data."))):
             continue
-        goes_on = request.run is not None and request.checkpoint is not None
-        if goes_on and name.startswith("data.") and name.rpartition(".")[2] not in ("batch_size", "num_workers"):
-            raise InputError(
-                f"{name}={value} cannot apply to a run that was trained with {stored}: leave it out, or copy its "
-                "checkpoint elsewhere and go on from there"
+        if name.startswith("data.") and name.rpartition(".")[2] not in harmless:
+            check(
+                is_meant or not goes_on,
+                f"{name}={value} cannot apply to a run that was trained with {stored}: leave it out, or say "
+                "--allow_changed_data true, or copy its checkpoint elsewhere and go on from there",
             )
+            is_meant = True
         say(f"{name} is now {value} (the run had {stored})")
+    return is_meant

@@ -1,12 +1,10 @@
 """Command line -> data, module, trainer: one run of `fit`, `validate`, `test` or `predict`."""
 
 import inspect
-import os
-import shlex
 import shutil
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +16,25 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slm.arguments import LINKED, CommandLineTrainer, read_request, read_settings, say, say_what_changed
-from slm.checkpoint import RUNS, claim_run, load_weights, replace_file
+from slm.arguments import LINKED, CommandLineTrainer, read_request, read_settings, say_what_changed
+from slm.checkpoint import RUNS, claim_run, load_weights
 from slm.data import DummyData, TextData, TokenData
+from slm.durable import replace_file
+from slm.endings import command, ends_in_one_line
 from slm.errors import InputError, check
 from slm.hardware import accelerator_kind, resolve_precision
+from slm.keeper import hold, take_over
 from slm.module import LanguageModel, check_applicable
 from slm.monitor import HPARAMS_LOSS, closing_report
-from slm.notices import explain_parser_error, silence_notices
-from slm.policy import trainer_arguments
+from slm.notices import explain_parser_error, say, silence_notices
+from slm.policy import find_default_config, trainer_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit status 2 (SLM_TRACEBACK=1 for more)."""
+    """Run the command line."""
     silence_notices()
-    try:
+    with ends_in_one_line():
         CommandLine(list(sys.argv[1:] if argv is None else argv))
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
-        is_meant = isinstance(error, InputError | MisconfigurationException) or _is_raised_by_lightning(error)
-        if not is_meant or os.environ.get("SLM_TRACEBACK"):
-            raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
 
 
 class CommandLine(LightningCLI):
@@ -47,11 +42,12 @@ class CommandLine(LightningCLI):
 
     model: LanguageModel
     datamodule: TokenData
+    lock: AbstractContextManager[Any] = nullcontext()
 
     def __init__(self, argv: list[str]) -> None:
         self.argv = argv
         shared = {"exit_on_error": False, "allow_abbrev": False}
-        default_config = _default_config()
+        default_config = find_default_config()
         read_settings(str(default_config))
         default = {"default_config_files": [str(default_config)]}
         super().__init__(
@@ -69,6 +65,8 @@ class CommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in LINKED:
             parser.link_arguments(f"model.{name}", f"data.init_args.{name}")
+        about = "let a run go on with other data than it was trained on; its best loss is then forgotten"
+        parser.add_argument("--allow_changed_data", type=bool, default=False, help=about)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse `argv`; with `--ckpt_path`, on top of the settings that belong to the checkpoint."""
@@ -85,7 +83,7 @@ class CommandLine(LightningCLI):
             check_applicable(request.content["hyper_parameters"], dict(settings.model))
         if request.stored:
             before = vars(self._parse([request.subcommand, *request.stored])[request.subcommand].as_flat())
-            say_what_changed(before, vars(settings.as_flat()), request)
+            self.is_other_data_meant = say_what_changed(before, vars(settings.as_flat()), request)
 
     def _parse(self, argv: list[str]) -> jsonargparse.Namespace:
         try:
@@ -135,42 +133,57 @@ class CommandLine(LightningCLI):
         fits = trained_on == self.datamodule.tokenizer
         check(fits, f"{self.request.checkpoint} was {mismatch}: name its own data with --data or --config")
         self.datamodule.setup()
+        self._check_fingerprint()
         keeps = self.subcommand == "fit" and not asked.fast_dev_run
         self.run = self.request.run if keeps else None
-        claims = keeps and self.run is None
-        if claims:
+        self.is_new_run = keeps and self.run is None
+        if self.is_new_run:
             runs = Path(asked.default_root_dir or "") / RUNS
             self.run = claim_run(runs) if _is_rank_zero() else runs / "of_rank_zero"
-        config = self._config_text()
-        if claims and self.run is not None and _is_rank_zero():
-            replace_file(self.run / "config.yaml", config.encode())
-        self.is_new_run = claims and _is_rank_zero()
-        arguments = trainer_arguments(asked, str(self.subcommand), precision, self.run, config)
+        config, content = self._config_text(), self.request.content or {}
+        if self.run is not None and _is_rank_zero():
+            self.lock = hold(self.run)
+            if self.is_new_run:
+                replace_file(self.run / "config.yaml", config.encode())
+            else:
+                take_over(self.run, content)
+        first_step = None if self.is_new_run else content.get("global_step", 0)
+        arguments = trainer_arguments(asked, str(self.subcommand), precision, self.run, config, first_step)
         try:
             return super().instantiate_trainer(**arguments)
         except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
             self._drop_new_run()
             raise InputError(f"the Trainer refuses its settings: {error}") from error
 
+    def _check_fingerprint(self) -> None:
+        stored = (self.request.content or {}).get("fingerprint")
+        same = self.subcommand != "fit" or stored in (None, self.datamodule.fingerprint) or self.is_other_data_meant
+        check(
+            same,
+            f"the data is not what {self.request.checkpoint} was trained on: its fingerprint is "
+            f"{self.datamodule.fingerprint}, the run had {stored}; restore it, or say --allow_changed_data true",
+        )
+
     def _config_text(self) -> str:
         """The settings in force, as they were asked for."""
         config = self.config[self.subcommand].clone()
-        for name in ("config", "ckpt_path", "weights_only"):
+        for name in ("config", "ckpt_path", "weights_only", "allow_changed_data"):
             config.pop(name, None)
         return str(self._parser(self.subcommand).dump(config, skip_none=False))
 
     def _drop_new_run(self) -> None:
-        if self.is_new_run and self.run is not None:
+        if self.is_new_run and self.run is not None and _is_rank_zero():
             shutil.rmtree(self.run)
 
     def fit(self, **kwargs: Any) -> None:
-        """Train; a new run that fails before its first step leaves no folder behind."""
-        try:
-            self.trainer.fit(**kwargs)
-        except Exception:
-            if self.trainer.global_step == 0:
-                self._drop_new_run()
-            raise
+        """Train; a new run that ends before its first step leaves no folder behind."""
+        with self.lock:
+            try:
+                self.trainer.fit(**kwargs)
+            except BaseException:
+                if self.trainer.global_step == 0:
+                    self._drop_new_run()
+                raise
 
     def before_validate(self) -> None:
         """Load bare weights, which the Trainer cannot."""
@@ -198,12 +211,12 @@ class CommandLine(LightningCLI):
                 self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False, weights_only=True
             )
             for logger in loggers:
-                if isinstance(logger, TensorBoardLogger) and has_trained:
+                if isinstance(logger, TensorBoardLogger):
                     hparams = {**self.datamodule.hparams, **self.model.hparams}
                     logger.log_hyperparams(hparams, {HPARAMS_LOSS: metrics["val/loss"]}, trainer.global_step)
                     logger.save()
         if trainer.is_global_zero:
-            print(closing_report(trainer, self.datamodule, metrics, self.run, _command()))
+            print(closing_report(trainer, self.datamodule, metrics, self.run, command()))
 
     def after_validate(self) -> None:
         windows = self.datamodule.val_windows
@@ -222,28 +235,8 @@ class CommandLine(LightningCLI):
         print(*torch.cat(predictions).tolist(), sep="\n")
 
 
-def _is_raised_by_lightning(error: BaseException) -> bool:
-    """Whether Lightning itself raised this, as it does for settings that do not fit; anything else is a bug."""
-    module = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    return module.startswith("lightning.")
-
-
 def _is_rank_zero() -> bool:
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
-
-
-def _default_config() -> Path:
-    """`configs/default.yaml`: beside the package in a clone, inside it when installed from a wheel."""
-    package = Path(__file__).resolve().parent
-    beside, inside = (folder / "configs" / "default.yaml" for folder in (package.parent, package))
-    config = inside if inside.is_file() else beside
-    check(config.is_file(), f"{beside} is missing: restore it, the Trainer's policy stands there")
-    return config
-
-
-def _command() -> str:
-    """How this process was started, without its arguments, as its user would type it again."""
-    return shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1])
 
 
 if __name__ == "__main__":

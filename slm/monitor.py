@@ -26,6 +26,20 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self) -> None:
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else 10, leave=True)
 
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        """Begin inside an epoch where a resumed run does."""
+        super().on_train_start(trainer)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if done:
+            self.on_train_epoch_start(trainer)
+            self.train_progress_bar.initial = self.train_progress_bar.n = done
+
+    def on_exception(self, *_: Any) -> None:
+        """Give what is said next a line of its own."""
+        for bar in (self._train_progress_bar, self._val_progress_bar):
+            if bar is not None:
+                bar.close()
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = trainer.progress_bar_metrics
         shown = {"loss": ("train/loss", ".3f"), "val_loss": ("val/loss", ".3f"), "tokens/s": (SPEED, ",.0f")}
@@ -145,7 +159,7 @@ def _kept(trainer: Trainer, run: Path | None, command: str) -> Iterator[tuple[st
         yield "resume", resume
         timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)  # type: ignore[attr-defined]
         if 0 < trainer.max_steps <= trainer.global_step:
-            yield "go longer", f"{resume} --trainer.max_steps {2 * trainer.max_steps}"
+            yield "go longer", f"{resume} --trainer.max_steps {2 * trainer.global_step}"
         elif timer is not None and (timer.time_remaining() or 0) <= 0:
             minutes, seconds = divmod(math.ceil(2 * timer.time_elapsed()), 60)
             hours, minutes = divmod(minutes, 60)

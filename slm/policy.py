@@ -4,17 +4,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from slm.checkpoint import BestCheckpoint, LastCheckpoint, SelfContained, replace_file
+from slm.checkpoint import DurableCheckpointIO
+from slm.durable import replace_file
+from slm.errors import check
+from slm.keeper import BestCheckpoint, LastCheckpoint, SelfContained
 from slm.monitor import KnownLimits, ProgressBar, StepMonitor
+from slm.resume import ExactResume
+
+
+def find_default_config() -> Path:
+    """`configs/default.yaml`: beside the package in a clone, inside it when installed from a wheel."""
+    package = Path(__file__).resolve().parent
+    beside, inside = (folder / "configs" / "default.yaml" for folder in (package.parent, package))
+    config = inside if inside.is_file() else beside
+    check(config.is_file(), f"{beside} is missing: restore it, the Trainer's policy stands there")
+    return config
 
 
 def trainer_arguments(
-    asked: Mapping[str, Any], subcommand: str, precision: str, run: Path | None, config: str
+    asked: Mapping[str, Any], subcommand: str, precision: str, run: Path | None, config: str, first_step: int | None
 ) -> dict[str, Any]:
     """What differs from the settings asked for: the project's own joins them, and its places are in the run's folder.
 
@@ -24,34 +38,57 @@ def trainer_arguments(
         precision: as this machine does it.
         run: the run's folder; None where nothing is kept.
         config: the settings in force, for the run's `config.yaml`.
+        first_step: where a resumed run goes on; None for a new one.
     """
     callbacks: list[Callback] = [*(asked["callbacks"] or []), KnownLimits()]
     shows_bar = asked["enable_progress_bar"] is not False and subcommand != "predict"
+    first: list[Callback] = []
     if shows_bar and not any(isinstance(callback, LightningProgressBar) for callback in callbacks):
-        callbacks.append(ProgressBar())
+        first.append(ProgressBar())  # to end its line before anything is said
     if subcommand == "fit":
+        resume = ExactResume()
+        first.append(resume)
         callbacks += [StepMonitor(), SelfContained()]
-    if run is not None:
-        callbacks.append(ConfigKeeper(run / "config.yaml", config))
-        if asked["enable_checkpointing"] is not False:
-            callbacks += [BestCheckpoint(run), LastCheckpoint(run)]
+        if run is not None:
+            callbacks.append(ConfigKeeper(run / "config.yaml", config))
+            if asked["enable_checkpointing"] is not False:
+                first.append(LastCheckpoint(run, resume))
+                callbacks.append(BestCheckpoint(run))
     return {
         "precision": precision,
         "default_root_dir": run or asked["default_root_dir"],
-        "logger": _loggers(asked["logger"], run),
-        "callbacks": callbacks,
+        "logger": _loggers(asked["logger"], run, first_step),
+        "plugins": _plugins(asked["plugins"]),
+        "callbacks": first + callbacks,
         "enable_progress_bar": shows_bar,
     }
 
 
-def _loggers(asked: Any, run: Path | None) -> list[Logger]:
-    """The user's loggers, and TensorBoard's in the run's folder unless that, or none at all, is asked for."""
+def _plugins(asked: Any) -> list[Any]:
+    """The user's plugins, and the durable writer of checkpoints unless there is one among them."""
+    given = asked if isinstance(asked, list) else [asked] if asked is not None else []
+    has_own = any(isinstance(plugin, CheckpointIO) for plugin in given)
+    return given if has_own else [*given, DurableCheckpointIO()]
+
+
+def _loggers(asked: Any, run: Path | None, first_step: int | None) -> list[Logger]:
+    """The user's loggers, and TensorBoard's in the run's folder unless that, or none at all, is asked for.
+
+    TensorBoard purges the points of a killed run from `first_step` on, which are drawn once more.
+    """
     given = asked if isinstance(asked, list) else [asked]
     loggers = [logger for logger in given if isinstance(logger, Logger)]
     has_own = any(isinstance(logger, TensorBoardLogger) for logger in loggers)
     if run is None or asked is False or has_own:
         return loggers
-    return [TensorBoardLogger(run.parent, name="", version=run.name, default_hp_metric=False), *loggers]
+    return [Curves(run.parent, name="", version=run.name, default_hp_metric=False, purge_step=first_step), *loggers]
+
+
+class Curves(TensorBoardLogger):
+    """TensorBoard's logger without the curve `epoch`, which Lightning draws twice at every validation."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
 
 class ConfigKeeper(Callback):

@@ -92,5 +92,5 @@ def run_command(*argv: str, cwd: Path, **env: str) -> subprocess.CompletedProces
     """A real process of this interpreter."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(
-        [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False
     )

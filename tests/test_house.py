@@ -36,7 +36,7 @@ def test_a_file_imports_only_from_files_above_it(name: str) -> None:
 
 
 def test_the_network_knows_torch_alone() -> None:
-    for name in ("transformer", "hardware", "source", "loader"):
+    for name in ("transformer", "accumulation", "hardware", "source", "loader"):
         packages = {module.partition(".")[0] for module in imports_of(PACKAGE / f"{name}.py")}
         assert packages - set(sys.stdlib_module_names) <= {"torch", "slm"}, name
 

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,9 @@ def test_a_run_killed_after_a_validation_within_an_epoch_goes_on_from_there(work
     flags = [*SMALL, "--data.batch_size=8", "--trainer.val_check_interval=0.5"]
     assert run_command("-c", code, *flags, cwd=workdir).returncode == 9
     assert steps() == 7
+    curves = EventAccumulator(str(workdir / RUN)).Reload()
+    assert [point.step for point in curves.Scalars("train/loss")][:7] == list(range(7))
+    assert [point.step for point in curves.Scalars("val/loss")] == [6]
 
 
 def test_without_last_the_run_goes_on_from_its_best_and_says_so(slm: Run, trained: Path) -> None:
@@ -182,7 +187,7 @@ def test_text_is_found_again_from_another_folder(slm: Run, workdir: Path, monkey
     monkeypatch.chdir(workdir / "elsewhere")
     slm("--ckpt_path=../runs/version_0", "--trainer.max_epochs=2")
     slm("validate", "--ckpt_path=../runs/version_0")
-    assert read_checkpoint(workdir / LAST)["epoch"] == 1
+    assert read_checkpoint(workdir / LAST)["epoch"] == 2
 
 
 def test_after_max_time_the_report_offers_more_time(slm: Run) -> None:
@@ -193,22 +198,22 @@ def test_after_max_time_the_report_offers_more_time(slm: Run) -> None:
     assert steps() > done
 
 
-@pytest.mark.parametrize("stops", [[20], [20, 30], [55]])
+@pytest.mark.parametrize("stops", [[20], [20, 30], [55], [56, 60], [28, 56]])
 def test_an_epoch_that_max_steps_cut_short_is_finished_and_not_counted(slm: Run, stops: list[int]) -> None:
     flags = [*SMALL, "--data.batch_size=4", "--trainer.max_epochs=3"]
     for stop in stops:
         slm(*flags, f"--trainer.max_steps={stop}")
         flags = ["--ckpt_path=last"]
     slm("--ckpt_path=last", "--trainer.max_steps=-1")
-    assert steps() >= 3 * 28
-    assert torch.load(LAST, weights_only=True)["epoch"] == 2
+    assert steps() == 3 * 28
+    assert torch.load(LAST, weights_only=True)["epoch"] == 3
 
 
 def test_last_is_looked_for_where_the_runs_are(slm: Run, trained: Path) -> None:
     slm(*SMALL, "--trainer.max_epochs=1", "--trainer.default_root_dir=out")
     before = LAST.read_bytes()
     slm("--ckpt_path=last", "--trainer.default_root_dir=out", "--trainer.max_epochs=2")
-    assert torch.load("out/runs/version_0/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+    assert torch.load("out/runs/version_0/checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
     assert LAST.read_bytes() == before
 
 
@@ -219,7 +224,7 @@ def test_a_run_goes_on_in_its_folder_from_inside_it_too(
     last = LAST.absolute()
     monkeypatch.chdir(RUN / folder)
     slm(f"--ckpt_path={path}", "--trainer.max_epochs=3")
-    assert torch.load(last, weights_only=True)["epoch"] == 2
+    assert torch.load(last, weights_only=True)["epoch"] == 3
 
 
 # ---- evaluation
@@ -334,6 +339,107 @@ def test_a_run_is_not_led_on_with_other_data(trained: Path, refused: Run, change
     assert f"data.init_args.{name}={value} cannot apply to a run" in refused("--ckpt_path=last", f"--data.{change}")
 
 
+def test_other_data_is_taken_where_that_is_meant_and_then_the_best_is_forgotten(slm: Run, trained: Path) -> None:
+    output = slm("--ckpt_path=last", "--data.seed=5", "--allow_changed_data=true", "--trainer.max_epochs=3")
+    assert "data.init_args.seed is now 5 (the run had 3)" in output
+    assert "allow_changed_data" not in (RUN / "config.yaml").read_text()
+    best = read_checkpoint(RUN / "checkpoints/best.ckpt")
+    assert (best["epoch"], best["global_step"]) == (3, steps())
+    [kept] = [state for key, state in best["callbacks"].items() if key.startswith("BestCheckpoint")]
+    assert best["lr_schedulers"][0]["best"] == pytest.approx(kept["best_model_score"].item())
+    assert f"val/loss    {table(slm('validate', '--ckpt_path=best'), 'val/loss'):.3f}," in output
+    slm("--ckpt_path=last", "--trainer.max_epochs=4")
+
+
+@pytest.fixture
+def text_run(slm: Run, workdir: Path) -> Path:
+    """A run on a text file of its own; returns the file."""
+    text = workdir / "mine.txt"
+    text.write_text("the cat sat on the mat. " * 200)
+    small = [flag for flag in SMALL if "vocab_size" not in flag and "num_tokens" not in flag]
+    slm("--data=TextData", "--model.vocab_size=256", f"--data.path={text}", *small, "--trainer.max_epochs=1")
+    return text
+
+
+def test_a_text_that_has_changed_is_refused_with_both_fingerprints(text_run: Path, refused: Run) -> None:
+    before = read_checkpoint(LAST)["fingerprint"]
+    text_run.write_text(text_run.read_text().replace("cat", "dog", 1))
+    message = refused("--ckpt_path=last", "--trainer.max_epochs=2")
+    assert re.search(rf"the data is not what {LAST} was trained on: .* is \w{{32}}, the run had {before};", message)
+    assert "--allow_changed_data true" in message
+
+
+def test_a_text_that_has_changed_is_taken_where_that_is_meant(slm: Run, text_run: Path) -> None:
+    before = read_checkpoint(LAST)["fingerprint"]
+    text_run.write_text(text_run.read_text() * 2)
+    slm("--ckpt_path=last", "--trainer.max_epochs=2", "--allow_changed_data=true")
+    assert read_checkpoint(LAST)["fingerprint"] != before
+    assert read_checkpoint(LAST)["position"]["epoch"] == 2
+    slm("--ckpt_path=last", "--trainer.max_epochs=3")
+
+
+def test_a_text_that_has_changed_can_be_evaluated(slm: Run, text_run: Path) -> None:
+    text_run.write_text("something else altogether. " * 100)
+    assert "val/loss" in slm("validate", "--ckpt_path=best")
+
+
+def test_with_more_text_an_interrupted_epoch_begins_anew(slm: Run, text_run: Path) -> None:
+    slm("--ckpt_path=last", "--trainer.max_epochs=2", f"--trainer.max_steps={steps() + 2}")
+    done = read_checkpoint(LAST)
+    assert done["position"]["batch"] == 2
+    text_run.write_text(text_run.read_text() * 2)
+    slm("--ckpt_path=last", "--trainer.max_steps=-1", "--allow_changed_data=true")
+    windows = (2 * 4800 - 1) // 16
+    batches = -(-(windows - round(windows * 0.1)) // 32)
+    assert read_checkpoint(LAST)["global_step"] == done["global_step"] + batches
+
+
+def test_another_part_held_out_is_other_data(slm: Run, trained: Path) -> None:
+    slm("--ckpt_path=last", "--data.val_fraction=0.3", "--allow_changed_data=true", "--trainer.max_epochs=3")
+    assert read_checkpoint(RUN / "checkpoints/best.ckpt")["position"]["epoch"] == 3
+
+
+def test_an_evaluation_does_not_ignore_the_permission_for_other_data(trained: Path, refused: Run) -> None:
+    assert "leave out --allow_changed_data" in refused("validate", "--ckpt_path=best", "--allow_changed_data=true")
+
+
+def test_a_resumed_run_sweeps_what_a_kill_left(slm: Run, trained: Path) -> None:
+    for name in ("config.yaml.unfinished", "checkpoints/last.ckpt.unfinished"):
+        (RUN / name).write_text("half")
+    slm("--ckpt_path=last", "--trainer.max_epochs=3")
+    assert list(RUN.rglob("*.unfinished")) == []
+
+
+def test_another_learning_rate_is_the_schedules_too(slm: Run, trained: Path) -> None:
+    slm("--ckpt_path=last", "--trainer.max_epochs=3", "--model.learning_rate=0.0005")
+    content = read_checkpoint(LAST)
+    assert content["lr_schedulers"][0]["_last_lr"] == [0.0005, 0.0005]
+    assert [group["lr"] for group in content["optimizer_states"][0]["param_groups"]] == [0.0005, 0.0005]
+
+
+def test_a_copied_checkpoint_does_not_choose_what_code_is_imported(
+    trained: Path, refused: Run, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workdir / "evil.py").write_text("open('ran', 'w')\n")
+    monkeypatch.syspath_prepend(str(workdir))
+    content = torch.load(LAST, weights_only=True)
+    content["data"]["class_path"] = "evil.Data"
+    torch.save(content, "copy.ckpt")
+    assert "copy.ckpt does not say what data of ours" in refused("validate", "--ckpt_path=copy.ckpt")
+    assert not Path("ran").exists()
+
+
+def test_a_state_that_could_not_be_read_again_is_refused_when_it_is_saved(
+    slm: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("slm.keeper.LastCheckpoint.state_dict", lambda self: {"path": Path("somewhere")})
+    with pytest.raises(SystemExit) as exit_info:
+        slm(*SMALL)
+    assert exit_info.value.code == 2
+    said = capsys.readouterr().err
+    assert re.search(r"error: .*best.ckpt would hold pathlib\S+Path and could not be read again", said)
+
+
 def test_another_batch_size_is_no_other_data(slm: Run, trained: Path) -> None:
     assert "data.init_args.batch_size is now 8" in slm(
         "--ckpt_path=last", "--data.batch_size=8", "--trainer.max_epochs=3"
@@ -345,7 +451,7 @@ def test_bare_weights_without_their_run_are_evaluated_on_data_that_is_named(
 ) -> None:
     expected = table(slm("validate", "--ckpt_path=best"), "val/loss")
     shutil.copy(RUN / "simple_language_model.pt", "copy.pt")
-    assert "copy.pt does not say what data it was trained on" in refused("validate", "--ckpt_path=copy.pt")
+    assert "copy.pt does not say what data of ours it was trained on" in refused("validate", "--ckpt_path=copy.pt")
     flags = ["--data=DummyData", "--data.num_tokens=2000", "--data.seed=3", "--trainer.precision=32-true"]
     assert table(slm("validate", "--ckpt_path=copy.pt", *flags), "val/loss") == expected
 
@@ -383,7 +489,7 @@ def test_a_stray_config_beside_a_copied_checkpoint_is_not_taken_for_its_runs(slm
 def test_settings_that_cannot_be_written_are_refused(
     slm: Run, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (RUN / "config.yaml.tmp").mkdir()
+    (RUN / "config.yaml.unfinished").mkdir()
     with pytest.raises(SystemExit) as exit_info:
         slm("--ckpt_path=last", "--trainer.max_epochs=3")
     assert exit_info.value.code == 2
@@ -401,10 +507,9 @@ def test_damaged_settings_of_a_run_are_refused(trained: Path, refused: Run) -> N
     assert "config" in refused("--ckpt_path=last")
 
 
-def test_asking_for_fewer_epochs_than_are_done_trains_nothing_and_offers_more(slm: Run, trained: Path) -> None:
-    output = slm("--ckpt_path=last", "--trainer.max_epochs=1")
-    assert "nothing was left to do" in output
-    assert "--trainer.max_epochs 4" in output
+def test_asking_for_fewer_epochs_than_are_done_is_refused_with_both_numbers(trained: Path, refused: Run) -> None:
+    message = refused("--ckpt_path=last", "--trainer.max_epochs=1")
+    assert "trainer.max_epochs=1 is less than the 2 epochs that the run has done" in message
 
 
 def test_a_checkpoint_path_is_resolved_alike_everywhere(trained: Path) -> None:
@@ -414,3 +519,30 @@ def test_a_checkpoint_path_is_resolved_alike_everywhere(trained: Path) -> None:
     assert resolve_checkpoint(LAST) == LAST
     with pytest.raises(InputError, match="there is no run under"):
         newest_run(Path("elsewhere"))
+
+
+def test_a_run_that_another_process_trains_is_left_alone(trained: Path, refused: Run) -> None:
+    code = (
+        "import time; from pathlib import Path; from slm.keeper import hold; held = hold(Path()); print(1, flush=True)"
+    )
+    command = [sys.executable, "-c", f"{code}; time.sleep(100)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=trained) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"1\n"
+        message = refused("--ckpt_path=last", "--trainer.max_epochs=3")
+        other.kill()
+    assert "runs/version_0 is being trained by another process: stop that first" in message
+
+
+def test_a_text_that_was_moved_is_known_by_its_content(slm: Run, text_run: Path) -> None:
+    moved = text_run.rename(text_run.with_name("moved.txt"))
+    slm("--ckpt_path=last", "--trainer.max_epochs=2", f"--data.path={moved}")
+    assert read_checkpoint(LAST)["position"]["epoch"] == 2
+
+
+def test_the_bar_of_a_resumed_run_begins_inside_its_epoch(slm: Run) -> None:
+    flags = [flag for flag in SMALL if "progress_bar" not in flag]
+    slm(*flags, "--data.batch_size=4", "--trainer.max_epochs=1", "--trainer.max_steps=20")
+    lines = re.split(r"[\r\n]", slm("--ckpt_path=last", "--trainer.max_steps=-1"))
+    counts = [int(match[1]) for match in (re.match(r"Epoch 0:.* (\d+)/28 ", line) for line in lines) if match]
+    assert {0, 28} <= set(counts) <= {0, *range(20, 29)}
