@@ -26,7 +26,7 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
     assert len(TRAIN) >= 8
     assert OTHER[0] == "source .venv/bin/activate"
     assert OTHER[1] == "tensorboard --logdir runs"
-    assert [line.split()[:2] for line in OTHER[2:]] == [["python", "-c"]]
+    assert [line.split()[:2] for line in OTHER[2:]] == [["python", "-m"], ["python", "-c"]]
 
 
 def test_the_ci_runs_the_very_set_up_lines() -> None:
@@ -63,8 +63,17 @@ def test_the_python_example_runs(slm: Callable[..., str]) -> None:
     assert not names["model"].training
 
 
+def test_runs_are_stopped_and_resumed_with_the_same_bits_as_the_command_beside_the_table_shows() -> None:
+    result = run_command(*shlex.split(OTHER[2])[1:], "--trials", "7", cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = re.findall(r"^\| (.+?) \| (\d+) \| (\d+) \| (\d+) \|", result.stdout, re.M)
+    assert len(rows) >= 9
+    stated = re.findall(r"^\| (.+?) \| (\d+) \| (\d+) \| (\d+) \|", README, re.M)
+    assert {name for name, *_ in rows} <= {name for name, *_ in stated}
+
+
 def test_the_entropies_quoted_are_those_that_the_command_beside_them_prints(workdir: Path) -> None:
-    printed = run_command(*shlex.split(OTHER[2])[1:], cwd=workdir).stdout.split()
+    printed = run_command(*shlex.split(OTHER[3])[1:], cwd=workdir).stdout.split()
     [quoted] = re.findall(r"allows a loss of ([\d.]+), the last two ([\d.]+)", README.replace("\n", " "))
     assert [f"{float(value):.2f}" for value in printed] == list(quoted)
 
