@@ -130,7 +130,7 @@ def test_a_moved_run_keeps_its_best_score(slm: Run, trained: Path) -> None:
     slm("--ckpt_path=last", "--trainer.max_epochs=3")
     best = (RUN / "checkpoints/best.ckpt").read_bytes()
     shutil.move("runs", "elsewhere")
-    slm("--ckpt_path=elsewhere/version_0", "--trainer.max_epochs=4", "--model.learning_rate=100")
+    slm("--ckpt_path=elsewhere/version_0", "--trainer.max_epochs=4", "--model.learning_rate=1")
     assert Path("elsewhere/version_0/checkpoints/best.ckpt").read_bytes() == best
 
 
@@ -296,7 +296,7 @@ def test_the_weights_file_is_a_plain_dictionary_of_the_best_weights(trained: Pat
 
 def test_the_weights_file_is_written_for_a_new_best_alone(slm: Run, trained: Path) -> None:
     before = (RUN / "simple_language_model.pt").read_bytes()
-    slm("--ckpt_path=last", "--trainer.max_epochs=3", "--model.learning_rate=100")
+    slm("--ckpt_path=last", "--trainer.max_epochs=3", "--model.learning_rate=1")
     assert (RUN / "simple_language_model.pt").read_bytes() == before
 
 
