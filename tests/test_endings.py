@@ -129,6 +129,18 @@ def test_a_signal_lets_the_step_be_finished_and_kept_in_a_resumed_run_too(
         assert read_checkpoint(LAST)["position"]["batch"] == read_checkpoint(LAST)["global_step"] == step + 1
 
 
+def test_a_signal_that_is_ignored_as_after_nohup_stays_ignored(
+    slm: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_in(monkeypatch, "training_step", signal.SIGHUP, step=5)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        slm(*SMALL, "--trainer.max_steps=8")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert read_checkpoint(LAST)["global_step"] == 8
+
+
 def test_a_save_that_fails_at_a_signal_is_an_error(
     slm: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
