@@ -8,10 +8,19 @@ weights fit one to one.
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm.errors import InputError, check
+
+WRITTEN_OUT_UP_TO = 256
+"""Sequence length up to which attention on a CPU is written out.
+
+Measured on two cores with AVX512-bf16 (torch 2.13), 4 heads of 32, 4,096 tokens, forward and backward in ms, written
+out against torch's fused kernel: bf16 10 and 26 at 128, 14 and 23 at 256, 82 and 39 at 1,024; fp32 12 and 14, 23 and
+19, 159 and 48. Beyond it the scores (B, H, T, T) would also take more memory than all the rest.
+"""
 
 
 class CausalSelfAttention(nn.Module):
@@ -30,9 +39,19 @@ class CausalSelfAttention(nn.Module):
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
             for part in self.qkv(x).chunk(3, dim=-1)
         )
-        dropout = self.attention_dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        attended = causal_attention(q, k, v, self.attention_dropout if self.training else 0.0)
         return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))  # (B, T, D)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Softmax of the scaled scores of each position with those up to it, times v; all (B, H, T, D / H)."""
+    seq_len = q.shape[-2]
+    if q.device.type != "cpu" or seq_len > WRITTEN_OUT_UP_TO:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
+    future = torch.full((seq_len, seq_len), -math.inf, dtype=scores.dtype).triu(1)
+    weights = (scores + future).softmax(-1)
+    return (F.dropout(weights, dropout) if dropout else weights) @ v
 
 
 class FeedForward(nn.Module):

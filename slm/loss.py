@@ -1,0 +1,120 @@
+"""Cross-entropy straight from the hidden states, without paying for the whole logits tensor.
+
+N positions, D embedding, V vocabulary, R rows of a chunk.
+
+The logits (N, V) are the largest tensor of a small model by far. Here they exist a chunk of rows at a time, in two
+buffers that stay in the processor's cache; the gradients of a chunk are computed beside its loss, while it is there,
+so that nothing of size V is kept for the backward pass but the gradient of the weight.
+
+Measured at 4096 x 128 x 10,000 on two CPU cores with AVX512-bf16 (torch 2.13), forward and backward: whole logits in
+bf16 300 ms, here 110 ms, of which 87 are the three matrix products at 360 GFLOP/s; chunks of 256 to 1,024 rows differ
+by less than 3 %. On CUDA and MPS it is the same path in larger chunks, chosen by reasoning, not by measurement.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = {"cpu": 5 * 2**20}
+CHUNK_ELEMENTS_ON_A_GPU = 2**27
+"""Logits that exist at once, in each of two buffers."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of the logits `hidden @ weight.T`; differentiable once, in hidden and weight.
+
+    Equal to `F.cross_entropy(F.linear(hidden, weight).float(), targets)`. Under autocast the matrix products run in its
+    type, with probabilities rounded to it; gradients of the weight are added up in at least 32 bits, and scaled last,
+    so that a gradient scaler keeps small ones.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D).
+        targets: (N,), int64, in [0, V).
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets, _compute_dtype(hidden))
+
+
+@torch.no_grad()
+def sum_and_correct(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies, in nats, and how often the greatest logit is the target's, in one pass.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D).
+        targets: (N,), int64, in [0, V).
+    """
+    dtype = _compute_dtype(hidden)
+    loss = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        for rows in _chunks(hidden, weight):
+            logits = hidden[rows] @ weight.T  # (R, V)
+            loss += F.cross_entropy(logits.to(loss.dtype), targets[rows], reduction="sum")
+            correct += (logits.argmax(-1) == targets[rows]).sum()
+    return loss, correct
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            h, w = hidden.to(dtype), weight.to(dtype)
+            grad_hidden = torch.empty_like(h)
+            grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
+            loss = torch.zeros((), dtype=grad_weight.dtype, device=h.device)
+            part = torch.empty_like(w) if dtype != grad_weight.dtype else None
+            chunks = list(_chunks(h, w))
+            logits, probabilities = (h.new_empty(len(h[chunks[0]]), len(w)) for _ in range(2))  # (R, V)
+            for rows in chunks:
+                x, t = h[rows], targets[rows]
+                s = torch.mm(x, w.T, out=logits[: len(x)])
+                p = torch.softmax(s, -1, out=probabilities[: len(x)])
+                loss += _sum_of_losses(s, p, t)
+                p[torch.arange(len(x), device=t.device), t] -= 1.0  # the gradient of the logits
+                torch.mm(p, w, out=grad_hidden[rows])
+                if part is None:
+                    grad_weight.addmm_(p.T, x)
+                else:
+                    grad_weight += torch.mm(p.T, x, out=part)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return loss / len(h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale, (hidden_dtype, weight_dtype) = grad / len(grad_hidden), ctx.dtypes
+        return (grad_hidden.to(scale.dtype) * scale).to(hidden_dtype), (grad_weight * scale).to(weight_dtype), None, None
+
+
+def _sum_of_losses(logits: Tensor, probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Sum over a chunk; on a CPU, where another pass over the logits is dear, from the targets' probabilities."""
+    at_least_32 = torch.promote_types(logits.dtype, torch.float32)
+    if logits.device.type != "cpu":
+        return F.cross_entropy(logits.to(at_least_32), targets, reduction="sum")
+    p = probabilities.gather(1, targets[:, None]).squeeze(1).to(at_least_32)  # (R,)
+    loss = -p.log()
+    rounded_away = ~(p > torch.finfo(logits.dtype).tiny)
+    if rounded_away.any():
+        rest, at = logits[rounded_away].to(at_least_32), targets[rounded_away]
+        loss[rounded_away] = F.cross_entropy(rest, at, reduction="none")
+    return loss.sum()
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS_ON_A_GPU)
+    num_rows = min(len(hidden), max(1, elements // len(weight)))
+    for first in range(0, len(hidden), num_rows):
+        yield slice(first, first + num_rows)
