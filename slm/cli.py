@@ -22,9 +22,10 @@ from slm.data import DummyData, TextData, TokenData
 from slm.durable import replace_file
 from slm.endings import command, ends_in_one_line
 from slm.errors import InputError, check
-from slm.hardware import accelerator_kind, resolve_precision
+from slm.hardware import accelerator_kind, keep_freed_memory, resolve_precision
+from slm.hyperparameters import check_applicable
 from slm.keeper import hold, take_over
-from slm.module import LanguageModel, check_applicable
+from slm.module import LanguageModel
 from slm.monitor import HPARAMS_LOSS, closing_report
 from slm.notices import explain_parser_error, say, silence_notices
 from slm.policy import find_default_config, trainer_arguments
@@ -33,6 +34,7 @@ from slm.policy import find_default_config, trainer_arguments
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     silence_notices()
+    keep_freed_memory()
     with ends_in_one_line():
         CommandLine(list(sys.argv[1:] if argv is None else argv))
 

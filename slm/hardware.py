@@ -1,8 +1,42 @@
 """What this machine can do."""
 
+import ctypes
+import platform
+
 import torch
 
 from slm.errors import InputError
+
+MALLOPT = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 64 * 2**20), "M_MMAP_THRESHOLD": (-3, 2**30)}
+"""Parameters of glibc's mallopt, with the values that let it keep what was freed."""
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's allocator give freed memory to the next tensor, not back to the system; elsewhere nothing changes.
+
+    Each new page costs a page fault: with the default model on two cores a step took 177 ms and not 190 to 212.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        for parameter, value in MALLOPT.values():
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def check_can_compile(device: str) -> None:
+    """Raise InputError where torch.compile lacks what it compiles with: a C++ compiler, or on CUDA Triton."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    remedy = "or leave out --model.compile"
+    if device == "cuda":
+        if not has_triton():
+            raise InputError(f"model.compile=True: torch.compile needs Triton on this GPU: install it, {remedy}")
+        return
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        message = f"model.compile=True: no C++ compiler on this machine: install one (g++, clang++), {remedy}"
+        raise InputError(message) from error
 
 
 def has_native_bf16() -> bool:

@@ -36,7 +36,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         weight: (V, D).
         targets: (N,), int64, in [0, V).
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, _compute_dtype(hidden))
+    return _LinearCrossEntropy.apply(hidden, weight, targets, _compute_dtype(hidden))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -91,7 +91,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale, (hidden_dtype, weight_dtype) = grad / len(grad_hidden), ctx.dtypes
-        return (grad_hidden.to(scale.dtype) * scale).to(hidden_dtype), (grad_weight * scale).to(weight_dtype), None, None
+        return (
+            (grad_hidden.to(scale.dtype) * scale).to(hidden_dtype),
+            (grad_weight * scale).to(weight_dtype),
+            None,
+            None,
+        )
 
 
 def _sum_of_losses(logits: Tensor, probabilities: Tensor, targets: Tensor) -> Tensor:

@@ -4,12 +4,10 @@ B batch, T time, D embedding, V vocabulary.
 """
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -18,12 +16,13 @@ from torchmetrics import SumMetric
 from slm.accumulation import AccumulationWindow
 from slm.checkpoint import load_weights, open_checkpoint
 from slm.errors import InputError, NotFiniteError, check
+from slm.hardware import check_can_compile
+from slm.hyperparameters import adapt_states, check_applicable, check_ranges
+from slm.loss import linear_cross_entropy, sum_and_correct
+from slm.optimizer import build_optimizer, cosine_rate, num_steps
 from slm.transformer import Transformer
 
 Batch = tuple[Tensor, Tensor]
-
-FIXED = ("vocab_size", "embed_dim", "num_heads", "num_layers", "hidden_dim", "max_seq_len", "optimizer")
-"""Hyper-parameters that the weights or the optimizer's state in a checkpoint are tied to."""
 
 
 class LanguageModel(LightningModule):
@@ -40,11 +39,15 @@ class LanguageModel(LightningModule):
         max_seq_len: longest sequence, in tokens.
         dropout: probability of dropping a value, in embedding, attention and residual branches.
         learning_rate: where the schedule starts.
-        optimizer: AdamW, Adam, or SGD with momentum 0.9.
+        optimizer: AdamW, Adam, SGD with momentum 0.9, or Muon for the matrices inside the network.
         weight_decay: on matrices only; biases and norms are not decayed.
+        schedule: `plateau` lowers the learning rate when the validation loss stalls; `cosine` along half a cosine over
+            all steps of the Trainer.
+        warmup_steps: optimizer steps, under `cosine`, over which the learning rate first rises from 0.
         plateau_factor: what the learning rate is multiplied by when the validation loss stalls.
         plateau_patience: validations without improvement that are waited for before that.
         min_learning_rate: where the schedule ends.
+        compile: whether to train the network through torch.compile, which needs a C++ compiler or, on a GPU, Triton.
 
     Raises:
         InputError: a value out of its range.
@@ -60,21 +63,18 @@ class LanguageModel(LightningModule):
         max_seq_len: int = 128,
         dropout: float = 0.0,
         learning_rate: float = 1e-3,
-        optimizer: Literal["adamw", "adam", "sgd"] = "adamw",
+        optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw",
         weight_decay: float = 0.1,
+        schedule: Literal["plateau", "cosine"] = "plateau",
+        warmup_steps: int = 0,
         plateau_factor: float = 0.5,
         plateau_patience: int = 2,
         min_learning_rate: float = 1e-5,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        largest = torch.finfo(torch.float32).max
-        check(0 < learning_rate < largest, f"learning_rate={learning_rate} must be above 0 and below {largest:.1e}")
-        check(optimizer in ("adamw", "adam", "sgd"), f"optimizer={optimizer} must be adamw, adam or sgd")
-        check(weight_decay >= 0, f"weight_decay={weight_decay} must be at least 0")
-        check(0 < plateau_factor < 1, f"plateau_factor={plateau_factor} must be above 0 and below 1")
-        check(plateau_patience >= 0, f"plateau_patience={plateau_patience} must be at least 0")
-        check(min_learning_rate >= 0, f"min_learning_rate={min_learning_rate} must be at least 0")
         self.save_hyperparameters()
+        check_ranges(self.hparams)
         self.transformer = Transformer(vocab_size, embed_dim, num_heads, num_layers, hidden_dim, max_seq_len, dropout)
         # sums, because MeanMetric leaves a NaN out of the mean or, told not to (torchmetrics 1.9), the weights
         self.loss_sum = SumMetric(nan_strategy="disable")
@@ -90,14 +90,16 @@ class LanguageModel(LightningModule):
         """Refuse an id outside the vocabulary while it is on the host, where the error can still name it."""
         vocab_size = self.hparams["vocab_size"]
         for tokens in batch:
-            for bad in tokens[(tokens < 0) | (tokens >= vocab_size)][:1].tolist():
-                raise InputError(f"token id {bad} is outside the vocabulary of vocab_size={vocab_size}")
+            for bad in (int(extreme) for extreme in torch.aminmax(tokens)):
+                check(0 <= bad < vocab_size, f"token id {bad} is outside the vocabulary of vocab_size={vocab_size}")
         return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         tokens, targets = batch
-        loss = F.cross_entropy(self(tokens).flatten(0, 1).float(), targets.flatten())
-        self.log("train/loss", loss, prog_bar=True)
+        hidden = self.transformer(tokens).flatten(0, 1)  # (BT, D)
+        loss = linear_cross_entropy(hidden, self.transformer.token_embedding.weight, targets.flatten())
+        if self._is_logging_step:
+            self.log("train/loss", loss.detach(), prog_bar=True)
         return self._window.weigh(loss, tokens.numel())
 
     def on_before_backward(self, loss: Tensor) -> None:
@@ -107,32 +109,64 @@ class LanguageModel(LightningModule):
         """Give the gradient its true scale, and log its norm as it is before clipping.
 
         Raises:
-            NotFiniteError: the loss or the gradient is not finite.
+            NotFiniteError: the loss or the gradient is not finite. A GPU is asked only at logging steps, since each
+                answer is waited for; no checkpoint is written of what came of it in between.
         """
         window, self._window = self._window, AccumulationWindow()
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         window.rescale(gradients, self.trainer.accumulate_grad_batches)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        window.check_finite(norm, getattr(self.trainer.precision_plugin, "scaler", None), self.trainer.global_step)
-        self.log("train/grad_norm", norm)
+        self._norm = torch.nn.utils.get_total_norm(gradients)
+        if self._is_logging_step or self.device.type == "cpu":
+            window.check_finite(self._norm, self._scaler, self.trainer.global_step)
+        if self._is_logging_step:
+            self.log("train/grad_norm", self._norm)
+        if self.hparams["schedule"] == "cosine":
+            for group in optimizer.param_groups:
+                group["lr"] = cosine_rate(self.trainer.global_step, num_steps(self.trainer), self.hparams)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that is known already; Lightning itself refuses to clip for a fused optimizer."""
+        if gradient_clip_algorithm == "value" and gradient_clip_val:
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._norm)
+
+    @property
+    def _is_logging_step(self) -> bool:
+        """Whether Lightning passes on what is logged now; each `self.log` costs a third of a millisecond."""
+        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_due = interval > 0 and (self.trainer.global_step + 1) % interval == 0
+        return is_due or self.trainer.global_step == 0 or bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.hparams["compile"]:
+            check_can_compile(self.trainer.strategy.root_device.type)
+            self.transformer.compile()
 
     def on_train_start(self) -> None:
         self._window = AccumulationWindow()
+        if self.hparams["schedule"] == "cosine":
+            num_steps(self.trainer)  # which refuses a run without an end
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         tokens, targets = batch
-        logits, targets = self(tokens).flatten(0, 1).float(), targets.flatten()  # (BT, V), (BT,)
-        self.loss_sum.update(F.cross_entropy(logits, targets, reduction="sum"))
-        self.num_correct.update((logits.argmax(-1) == targets).sum())
+        hidden = self.transformer(tokens).flatten(0, 1)  # (BT, D)
+        loss, correct = sum_and_correct(hidden, self.transformer.token_embedding.weight, targets.flatten())
+        self.loss_sum.update(loss)
+        self.num_correct.update(correct)
         self.num_tokens.update(targets.numel())
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         loss = self._log_evaluation("val")
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            scheduler = self.lr_schedulers()
-            assert isinstance(scheduler, ReduceLROnPlateau)
+        is_fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        if is_fitting and isinstance(scheduler := self.lr_schedulers(), ReduceLROnPlateau):
             scheduler.step(loss)
 
     def on_test_epoch_end(self) -> None:
@@ -157,20 +191,9 @@ class LanguageModel(LightningModule):
 
     def configure_optimizers(self) -> Any:
         hparams = self.hparams
-        matrices = [p for p in self.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.parameters() if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": hparams["weight_decay"]},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        learning_rate = hparams["learning_rate"]
-        optimizer: torch.optim.Optimizer
-        if hparams["optimizer"] == "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=learning_rate)
-        elif hparams["optimizer"] == "adam":
-            optimizer = torch.optim.Adam(groups, lr=learning_rate)
-        else:
-            optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
+        optimizer = build_optimizer(self.transformer, hparams, fused=self._scaler is None)
+        if hparams["schedule"] == "cosine":
+            return optimizer
         scheduler = ReduceLROnPlateau(
             optimizer,
             factor=hparams["plateau_factor"],
@@ -181,6 +204,11 @@ class LanguageModel(LightningModule):
         # leaves that to on_validation_epoch_end, which runs at every validation and before
         schedule = {"scheduler": scheduler, "monitor": "val/loss", "frequency": sys.maxsize}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        """That of float16; under it no optimizer is fused, which would leave gradients scaled when they are clipped."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) if self._trainer is not None else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to replace a sound checkpoint by one that is not.
@@ -198,33 +226,8 @@ class LanguageModel(LightningModule):
         Raises:
             InputError: a hyper-parameter that the stored weights or optimizer state are tied to differs.
         """
-        stored = checkpoint["hyper_parameters"]
-        check_applicable(stored, self.hparams)
-        changed = {name for name, value in self.hparams.items() if stored.get(name, value) != value}
-        for state in checkpoint.get("optimizer_states", []):
-            matrices, vectors = state["param_groups"]
-            if "weight_decay" in changed:
-                matrices["weight_decay"] = self.hparams["weight_decay"]
-            if "learning_rate" in changed:
-                matrices["lr"] = vectors["lr"] = self.hparams["learning_rate"]
-        for schedule in checkpoint.get("lr_schedulers", []):
-            for name, entry in (("plateau_factor", "factor"), ("plateau_patience", "patience")):
-                if name in changed:
-                    schedule[entry] = self.hparams[name]
-            if "learning_rate" in changed:
-                schedule["_last_lr"] = [self.hparams["learning_rate"]] * len(schedule["_last_lr"])
-            if "min_learning_rate" in changed:
-                schedule["min_lrs"] = [self.hparams["min_learning_rate"]] * len(schedule["min_lrs"])
-
-
-def check_applicable(stored: dict[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise InputError where hyper-parameters that a checkpoint is tied to differ from those asked for."""
-    for name in FIXED:
-        check(
-            stored.get(name) == asked[name],
-            f"{name}={asked[name]} cannot apply to a checkpoint trained with {name}={stored.get(name)}: "
-            "leave it out, or start a new run without --ckpt_path",
-        )
+        check_applicable(checkpoint["hyper_parameters"], self.hparams)
+        adapt_states(checkpoint, self.hparams, fused=self._scaler is None)
 
 
 def load(ckpt_path: str | Path) -> LanguageModel:

@@ -132,7 +132,7 @@ class ExactResume(Callback):
         checkpoint["random_states"] = self._random_states or take_random_states(trainer.strategy.root_device)
         if self._before_validation is not None:
             checkpoint.update(copy.deepcopy(self._before_validation))
-            for state, scheduler in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True):
+            for state, scheduler in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=False):
                 for group, learning_rate in zip(state["param_groups"], scheduler["_last_lr"], strict=True):
                     group["lr"] = learning_rate
 

@@ -1,0 +1,93 @@
+"""Which optimizer steps which parameters, and the learning rate of every step."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from slm.errors import check
+
+OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
+
+
+def build_optimizer(transformer: nn.Module, hparams: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
+    """The optimizer that `hparams["optimizer"]` names; matrices decay, biases and norms do not.
+
+    Args:
+        transformer: its parameters are stepped.
+        hparams: `optimizer`, `learning_rate` and `weight_decay`.
+        fused: whether one kernel steps all parameters that AdamW, Adam or SGD steps.
+    """
+    parameters = dict(transformer.named_parameters())
+    decayed = {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": hparams["weight_decay"]}
+    others = {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0}
+    settings: dict[str, Any] = {"lr": hparams["learning_rate"], "fused": fused}
+    if hparams["optimizer"] == "adamw":
+        return torch.optim.AdamW([decayed, others], **settings)
+    if hparams["optimizer"] == "adam":
+        return torch.optim.Adam([decayed, others], **settings)
+    if hparams["optimizer"] == "sgd":
+        return torch.optim.SGD([decayed, others], momentum=0.9, **settings)
+    embeddings = {id(p) for name, p in parameters.items() if "embedding" in name}
+    hidden = {**decayed, "params": [p for p in decayed["params"] if id(p) not in embeddings]}
+    decayed["params"] = [p for p in decayed["params"] if id(p) in embeddings]
+    return MuonWithAdamW(hidden, [decayed, others], **settings)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for the matrices inside the network, AdamW for embeddings, biases and norms.
+
+    One optimizer, so that the Trainer clips, accumulates and saves as it does with any other. Muon's steps are scaled
+    to the size of AdamW's (Liu et al., 2025, "Muon is Scalable for LLM Training"), so that one learning rate fits both.
+
+    Args:
+        matrices: the parameter group that Muon steps.
+        others: the parameter groups that AdamW steps.
+        lr: the learning rate of all of them.
+        fused: whether one kernel does AdamW's step.
+    """
+
+    def __init__(self, matrices: dict[str, Any], others: list[dict[str, Any]], lr: float, fused: bool) -> None:
+        self._muon = torch.optim.Muon([matrices], lr=lr, adjust_lr_fn="match_rms_adamw")
+        self._adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), fused=fused)
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both parts work on this optimizer's groups and state."""
+        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self._muon.state = self._adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self._muon.step()  # type: ignore[no-untyped-call]
+        self._adamw.step()
+        return loss
+
+
+def cosine_rate(step: int, num_steps: int, hparams: Mapping[str, Any]) -> float:
+    """Learning rate of the step with this number: linear warm-up, then half a cosine (Loshchilov and Hutter, 2017)."""
+    peak, warmup, end = (hparams[name] for name in ("learning_rate", "warmup_steps", "min_learning_rate"))
+    if step < warmup:
+        return float(peak * (step + 1) / (warmup + 1))
+    done = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    return float(end + (peak - end) * 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def num_steps(trainer: Any) -> int:
+    """Optimizer steps of a Trainer's whole run; its own estimate would set the training loader up anew.
+
+    Raises:
+        InputError: it has no end in steps or epochs.
+    """
+    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        limits.append(trainer.max_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+    check(bool(limits), "schedule=cosine needs an end: give --trainer.max_epochs or --trainer.max_steps")
+    return int(min(limits))
