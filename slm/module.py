@@ -4,6 +4,7 @@ B batch, T time, D embedding, V vocabulary.
 """
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,7 +114,8 @@ class LanguageModel(LightningModule):
                 answer is waited for; no checkpoint is written of what came of it in between.
         """
         window, self._window = self._window, AccumulationWindow()
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        gradients = [p.grad for p in parameters if p.grad is not None]
         window.rescale(gradients, self.trainer.accumulate_grad_batches)
         self._norm = torch.nn.utils.get_total_norm(gradients)
         if self._is_logging_step or self.device.type == "cpu":

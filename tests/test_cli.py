@@ -179,7 +179,7 @@ def test_two_devices_train_as_one_run(workdir: Path, capsys: pytest.CaptureFixtu
     [loss] = re.findall(r"^val/loss +([\d.]+)", result.stdout, re.M)
     capsys.readouterr()
     main(["validate", "--ckpt_path=best"])
-    [alone] = re.findall(r"val/loss +([\d.]+)", capsys.readouterr().out)
+    [alone] = re.findall(r"val/loss[ │]+([\d.]+)", capsys.readouterr().out)
     assert float(loss) == pytest.approx(float(alone), abs=6e-4)
 
 

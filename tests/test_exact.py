@@ -43,6 +43,7 @@ SETTINGS = {
         "--config={trainer: {callbacks: [{class_path: GradientAccumulationScheduler, "
         "init_args: {scheduling: {0: 1, 1: 2}}}]}}",
     ],
+    "muon and cosine": ["--model.optimizer=muon", "--model.schedule=cosine", "--model.warmup_steps=3"],
     "overfitting": ["--trainer.max_epochs=6", "--trainer.overfit_batches=5"],
 }  # fmt: skip
 AT_BATCHES = [

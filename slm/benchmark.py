@@ -1,0 +1,214 @@
+"""How fast, and how far from the limit, for the flags that `train.py` takes: `python -m slm.benchmark [FLAGS]`.
+
+The project's command, the same steps in a bare loop, and the peers that are installed train in processes of their own
+and take turns, so that what else the machine does falls on all of them alike.
+"""
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from slm.arguments import SUBCOMMANDS
+from slm.cli import CommandLine
+from slm.endings import ends_in_one_line
+from slm.errors import check
+from slm.hardware import keep_freed_memory
+from slm.loss import linear_cross_entropy
+from slm.notices import say, silence_notices
+from slm.peers import STEPS, Turns, train_in_turns
+
+ROUNDS = 9
+OURS, BARE, TEACHING, HUGGING_FACE = "slm", "its bare loop", "teaching script", "Hugging Face GPT-2"
+AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+MATMUL_SIZE = {"cpu": 2048}
+MATMUL_SIZE_ON_A_GPU = 8192
+
+
+def flops_per_step(sizes: Mapping[str, int]) -> int:
+    """Floating-point operations of the matrix products of a training step; the backward pass does twice the forward's.
+
+    Attention counts every pair of positions, though half of them are masked (Chowdhery et al., 2022, appendix B).
+    """
+    seq_len, embed_dim = sizes["max_seq_len"], sizes["embed_dim"]
+    weights = 4 * embed_dim**2 + 2 * embed_dim * sizes["hidden_dim"]
+    per_token = sizes["num_layers"] * (2 * weights + 4 * seq_len * embed_dim) + 2 * sizes["vocab_size"] * embed_dim
+    return 3 * per_token * sizes["batch_size"] * seq_len
+
+
+class MeasuredTrainer(CommandLine):
+    """The command as it is, but for its end: a validation never comes, and each round of steps is timed."""
+
+    def before_fit(self) -> None:
+        plugin = self.trainer.precision_plugin
+        sizes = {**self.model.hparams, "batch_size": self.datamodule.hparams["batch_size"]}
+        facts = {"precision": plugin.precision, "device": self.trainer.strategy.root_device.type, "sizes": sizes}
+        self.trainer.callbacks.append(_Clock(facts))  # type: ignore[attr-defined]
+
+
+class _Clock(Callback):
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.facts, self.turns = facts, Turns()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        self.turns.after_step(trainer.strategy.root_device, self.facts)
+
+
+class BareLoop(CommandLine):
+    """Model, data, loss and optimizer of the command, in the plain loop that the peers have too."""
+
+    def fit(self, **_: Any) -> None:
+        device, transformer = (
+            self.trainer.strategy.root_device,
+            self.model.to(self.trainer.strategy.root_device).transformer,
+        )
+        optimizer = self.model.configure_optimizers()
+        optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
+        if self.model.hparams["compile"]:
+            transformer.compile()
+        batches = chain.from_iterable(repeat(self.datamodule.train_dataloader()))
+        name = AUTOCAST.get(self.trainer.precision_plugin.precision)
+
+        def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
+            hidden = transformer(tokens.to(device)).flatten(0, 1)  # (BT, D)
+            return linear_cross_entropy(hidden, transformer.token_embedding.weight, targets.flatten())
+
+        train_in_turns(transformer, loss_of, optimizer, lambda: next(batches), getattr(torch, name) if name else None)
+
+
+class Contestant:
+    """A process that trains in rounds."""
+
+    def __init__(self, *argv: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.first = self._answer()
+        self.milliseconds: list[float] = []
+        self.memory = 0.0
+
+    def train_a_round(self) -> None:
+        assert self.process.stdin is not None
+        print(file=self.process.stdin, flush=True)
+        answer = self._answer()
+        self.milliseconds.append(answer["ms"])
+        self.memory = answer["memory"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(self.process.wait() or 1)  # it has said why
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def stop(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """What this machine reaches in one large matrix product, in FLOP/s."""
+    size = MATMUL_SIZE.get(device, MATMUL_SIZE_ON_A_GPU)
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        product = matrix @ matrix
+        product[0, 0].item()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def measure(flags: list[str], rounds: int, with_peers: bool) -> Measured:
+    """Let all train in turns; returns them by name, what ours says of itself, and the matmul rates beside them."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps = STEPS * (rounds + 2)
+        endless = ["max_epochs=-1", f"max_steps={steps}", "limit_val_batches=0", f"default_root_dir={folder}"]
+        argv = [*flags, *(f"--trainer.{setting}" for setting in endless)]
+        contestants = {OURS: Contestant("slm.benchmark", OURS, *argv)}
+        facts = contestants[OURS].first
+        try:
+            if with_peers:
+                autocast = AUTOCAST.get(facts["precision"])
+                settings = json.dumps({**facts["sizes"], "device": facts["device"], "autocast": autocast})
+                contestants[BARE] = Contestant("slm.benchmark", BARE, *argv)
+                contestants[TEACHING] = Contestant("slm.peers", TEACHING, settings)
+                if importlib.util.find_spec("transformers"):
+                    contestants[HUGGING_FACE] = Contestant("slm.peers", HUGGING_FACE, settings)
+            dtype = getattr(torch, AUTOCAST.get(facts["precision"], "float32"))
+            rates = []
+            for _ in range(rounds):
+                rates.append(matmul_rate(facts["device"], dtype))
+                for contestant in contestants.values():
+                    contestant.train_a_round()
+        finally:
+            for contestant in contestants.values():
+                contestant.stop()
+    return contestants, facts, rates
+
+
+def table(contestants: Mapping[str, Contestant], facts: Mapping[str, Any], rates: list[float]) -> Iterator[str]:
+    """The rows of a Markdown table."""
+    sizes = facts["sizes"]
+    flops, tokens, rate = flops_per_step(sizes), sizes["batch_size"] * sizes["max_seq_len"], statistics.median(rates)
+    ours = statistics.median(contestants[OURS].milliseconds)
+    yield "| loop | ms/step (quartiles) | tokens/s | share of the matmul rate | peak memory | time, slm = 1 |"
+    yield "|---|---|---|---|---|---|"
+    for name, contestant in contestants.items():
+        low, median, high = statistics.quantiles(contestant.milliseconds, n=4, method="inclusive")
+        share = flops / (median / 1e3) / rate
+        yield (
+            f"| {name} | {median:.1f} ({low:.1f} to {high:.1f}) | {tokens / median * 1e3:,.0f} | {share:.0%} "
+            f"| {contestant.memory:.2f} GB | {median / ours:.2f} |"
+        )
+
+
+def explanation(contestants: Mapping[str, Contestant], facts: Mapping[str, Any], rates: list[float]) -> str:
+    """One paragraph on what the figures mean and what to change."""
+    sizes = facts["sizes"]
+    flops, rate = flops_per_step(sizes), statistics.median(rates)
+    head = 6 * sizes["vocab_size"] * sizes["embed_dim"] * sizes["batch_size"] * sizes["max_seq_len"] / flops
+    ours, bare = (statistics.median(contestants[name].milliseconds) for name in (OURS, BARE))
+    pairs = zip(contestants[OURS].milliseconds, contestants[BARE].milliseconds, strict=True)
+    overhead = statistics.median(one / other - 1 for one, other in pairs)
+    return (
+        f"A step is {flops / 1e9:.1f} GFLOP, {head:.0%} of them in the output layer (vocab_size), and this machine "
+        f"multiplies large matrices at {rate / 1e9:,.0f} GFLOP/s in {facts['precision']}: at that rate a step would take "
+        f"{flops / rate * 1e3:.1f} ms and takes {ours:.1f}. The Trainer, with bar, curves and checkpoints, takes "
+        f"{overhead:+.1%} of the bare loop's {bare:.1f} ms (median of the rounds' ratios). Where the share of the matmul "
+        "rate is low, the matrices are too small for this machine: a larger batch_size or embed_dim costs less than it "
+        "adds, and --model.compile true joins the small operations between them."
+    )
+
+
+def main(argv: list[str]) -> None:
+    silence_notices()
+    with ends_in_one_line():
+        loops = {OURS: MeasuredTrainer, BARE: BareLoop}
+        if argv and argv[0] in loops:
+            keep_freed_memory()
+            loops[argv[0]](argv[1:])
+            return
+        check(not argv or argv[0] not in SUBCOMMANDS, "the benchmark trains: give it the flags of train.py alone")
+        check("--ckpt_path" not in argv, "the benchmark trains a new model: leave out --ckpt_path")
+        say(f"{ROUNDS} rounds of {STEPS} steps each, in turns")
+        measured = measure(argv, ROUNDS, with_peers=True)
+        print(*table(*measured), "", explanation(*measured), sep="\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,180 @@
+"""Which optimizer each precision gets, what it clips, and the learning rate of every step."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fit, small_data, small_model
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from slm.errors import InputError
+from slm.optimizer import MuonWithAdamW, cosine_rate
+
+
+class Steps(Callback):
+    """The learning rate and the norm of the gradient that every optimizer step is taken with."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.norms: list[float] = []
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        if gradients:
+            self.norms.append(torch.nn.utils.get_total_norm(gradients).item())
+            self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def scaled(init_scale: float) -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=init_scale))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_without_a_gradient_scaler_one_kernel_steps_all(name: str, precision: Any) -> None:
+    trainer = fit(small_model(optimizer=name), max_steps=1, precision=precision, limit_val_batches=0)
+    assert [group["fused"] for group in trainer.optimizers[0].param_groups] == [True, True]
+
+
+def test_under_a_gradient_scaler_none_is_fused_so_that_clipping_sees_the_true_gradient() -> None:
+    steps = Steps()
+    trainer = fit(
+        small_model(), max_steps=3, plugins=[scaled(1024.0)], callbacks=[steps], limit_val_batches=0,
+        gradient_clip_val=1e-2,
+    )  # fmt: skip
+    assert [group["fused"] for group in trainer.optimizers[0].param_groups] == [False, False]
+    assert steps.norms == pytest.approx([1e-2] * len(steps.norms), rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_to_the_norm_asked_for(precision: Any) -> None:
+    steps = Steps()
+    fit(small_model(), max_steps=4, precision=precision, callbacks=[steps], gradient_clip_val=1e-2)
+    assert steps.norms == pytest.approx([1e-2] * 3, rel=1e-3)
+
+
+def test_gradients_are_clipped_by_value_where_that_is_asked_for() -> None:
+    class Greatest(Callback):
+        value = 0.0
+
+        def on_before_zero_grad(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+            for p in pl_module.parameters():
+                if p.grad is not None:
+                    self.value = max(self.value, p.grad.abs().max().item())
+
+    greatest = Greatest()
+    clipping = {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value"}
+    fit(small_model(), max_steps=3, callbacks=[greatest], **clipping)
+    assert greatest.value == pytest.approx(1e-4)
+
+
+def test_a_run_that_was_fused_goes_on_unfused_under_a_scaler(tmp_path: Path) -> None:
+    fit(small_model(), max_steps=2).save_checkpoint(tmp_path / "two.ckpt")
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_steps=3, plugins=[scaled(64.0)], **quiet)
+    trainer.fit(small_model(), datamodule=small_data(), ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+    assert trainer.global_step == 3
+    assert [group["fused"] for group in trainer.optimizers[0].param_groups] == [False, False]
+
+
+def test_the_cosine_rises_to_its_peak_and_falls_to_its_end_over_the_steps_of_the_run() -> None:
+    steps = Steps()
+    asked = {"schedule": "cosine", "warmup_steps": 3, "learning_rate": 0.8, "min_learning_rate": 0.2}
+    fit(small_model(**asked), small_data(batch_size=16), max_epochs=2, callbacks=[steps], limit_val_batches=0)
+    falling = [0.2 + 0.6 * (1 + math.cos(math.pi * k / 11)) / 2 for k in range(11)]
+    assert steps.rates == pytest.approx([0.2, 0.4, 0.6, *falling][: len(steps.rates)])
+    assert len(steps.rates) == 13
+
+
+@pytest.mark.parametrize(
+    ("limits", "length"),
+    [({"max_steps": 5}, 5), ({"max_steps": 50, "max_epochs": 1}, 7), ({"accumulate_grad_batches": 3}, 6)],
+    ids=["steps", "epochs", "accumulation"],
+)
+def test_the_length_of_the_cosine_is_that_of_the_run(limits: dict[str, int], length: int) -> None:
+    steps = Steps()
+    hparams = {"schedule": "cosine", "learning_rate": 0.8, "min_learning_rate": 0.0}
+    flags = {"max_epochs": 2, "callbacks": [steps], "limit_val_batches": 0, **limits}
+    fit(small_model(**hparams), small_data(batch_size=16), **flags)
+    expected = [0.4 * (1 + math.cos(math.pi * k / length)) for k in range(length)]
+    assert steps.rates == pytest.approx(expected[: len(steps.rates)])
+
+
+def test_a_cosine_without_an_end_is_refused(refused: Callable[..., str]) -> None:
+    flags = ["--model.schedule=cosine", "--trainer.max_epochs=-1", "--model.vocab_size=20", "--data.num_tokens=2000"]
+    assert "give --trainer.max_epochs or --trainer.max_steps" in refused(*flags)
+
+
+def test_a_warm_up_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(InputError, match="warmup_steps=5 has no effect under schedule=plateau"):
+        small_model(warmup_steps=5)
+
+
+def test_the_rate_of_a_step_needs_nothing_but_its_number() -> None:
+    hparams = {"learning_rate": 1.0, "warmup_steps": 0, "min_learning_rate": 0.1}
+    assert cosine_rate(0, 10, hparams) == 1.0
+    assert cosine_rate(5, 10, hparams) == pytest.approx(0.55)
+    assert cosine_rate(12, 10, hparams) == pytest.approx(0.1)
+
+
+def parts() -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    torch.manual_seed(0)
+    return torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(6))
+
+
+def test_muon_and_adamw_step_each_its_part_as_they_do_alone() -> None:
+    matrix, vector = parts()
+    both = MuonWithAdamW(
+        {"params": [matrix], "weight_decay": 0.1}, [{"params": [vector], "weight_decay": 0.0}], lr=0.1, fused=False
+    )
+    alone, beside = parts()
+    muon = torch.optim.Muon([alone], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([beside], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(3):
+        for p in (matrix, vector, alone, beside):
+            p.grad = torch.full_like(p, 0.1).add_(p.detach(), alpha=step)
+        both.step()
+        muon.step()
+        adamw.step()
+    assert torch.equal(matrix, alone)
+    assert torch.equal(vector, beside)
+
+
+def test_muon_steps_the_matrices_inside_the_network_and_no_embedding() -> None:
+    model = small_model(optimizer="muon")
+    optimizer = model.configure_optimizers()["optimizer"]
+    names = {id(p): name for name, p in model.transformer.named_parameters()}
+    stepped = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
+    inside = {f"blocks.0.{name}.weight" for name in ("attn.qkv", "attn.out", "ff.up", "ff.down")}
+    assert stepped[0] == inside
+    assert stepped[1] == {"token_embedding.weight", "position_embedding.weight"}
+    assert set().union(*stepped) == set(names.values())
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+
+
+def test_muon_goes_on_from_its_saved_state_as_if_it_had_never_stopped() -> None:
+    def make() -> tuple[list[torch.nn.Parameter], MuonWithAdamW]:
+        matrix, vector = parts()
+        groups = {"params": [matrix]}, [{"params": [vector]}]
+        return [matrix, vector], MuonWithAdamW(*groups, lr=0.1, fused=True)
+
+    def train(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        for p in parameters:
+            p.grad = p.detach().cos()
+        optimizer.step()
+
+    parameters, optimizer = make()
+    for _ in range(2):
+        train(parameters, optimizer)
+    resumed, fresh = make()
+    for p, q in zip(resumed, parameters, strict=True):
+        p.data.copy_(q.data)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for pair in ((parameters, optimizer), (resumed, fresh)):
+        train(*pair)
+    assert all(torch.equal(p, q) for p, q in zip(parameters, resumed, strict=True))
