@@ -31,6 +31,7 @@ from slm.peers import STEPS, Turns, train_in_turns
 ROUNDS = 9
 OURS, BARE, TEACHING, HUGGING_FACE = "slm", "its bare loop", "teaching script", "Hugging Face GPT-2"
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+Measured = tuple[dict[str, "Contestant"], dict[str, Any], list[float]]
 MATMUL_SIZE = {"cpu": 2048}
 MATMUL_SIZE_ON_A_GPU = 8192
 
@@ -70,10 +71,8 @@ class BareLoop(CommandLine):
     """Model, data, loss and optimizer of the command, in the plain loop that the peers have too."""
 
     def fit(self, **_: Any) -> None:
-        device, transformer = (
-            self.trainer.strategy.root_device,
-            self.model.to(self.trainer.strategy.root_device).transformer,
-        )
+        device = self.trainer.strategy.root_device
+        transformer = self.model.to(device).transformer
         optimizer = self.model.configure_optimizers()
         optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
         if self.model.hparams["compile"]:
@@ -187,11 +186,11 @@ def explanation(contestants: Mapping[str, Contestant], facts: Mapping[str, Any],
     overhead = statistics.median(one / other - 1 for one, other in pairs)
     return (
         f"A step is {flops / 1e9:.1f} GFLOP, {head:.0%} of them in the output layer (vocab_size), and this machine "
-        f"multiplies large matrices at {rate / 1e9:,.0f} GFLOP/s in {facts['precision']}: at that rate a step would take "
-        f"{flops / rate * 1e3:.1f} ms and takes {ours:.1f}. The Trainer, with bar, curves and checkpoints, takes "
-        f"{overhead:+.1%} of the bare loop's {bare:.1f} ms (median of the rounds' ratios). Where the share of the matmul "
-        "rate is low, the matrices are too small for this machine: a larger batch_size or embed_dim costs less than it "
-        "adds, and --model.compile true joins the small operations between them."
+        f"multiplies large matrices at {rate / 1e9:,.0f} GFLOP/s in {facts['precision']}: at that rate a step would "
+        f"take {flops / rate * 1e3:.1f} ms and takes {ours:.1f}. The Trainer, with bar, curves and checkpoints, costs "
+        f"{overhead:+.1%} over the bare loop's {bare:.1f} ms (median of the rounds' ratios). Where the share of the "
+        "matmul rate is low, the matrices are too small for this machine: a larger batch_size or embed_dim costs less "
+        "than it adds, and --model.compile true joins the small operations between them."
     )
 
 
