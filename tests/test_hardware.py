@@ -1,8 +1,13 @@
+import platform
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
+from conftest import ROOT, SMALL_FLAGS, run_command
 
 from slm.hardware import has_native_bf16, resolve_precision
 
@@ -42,3 +47,41 @@ def test_an_older_torch_is_asked_in_its_own_way(expected: bool, monkeypatch: pyt
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: expected)
     assert has_native_bf16() is expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
+@pytest.mark.parametrize("keeps", [True, False])
+def test_freed_memory_is_kept_for_the_next_tensor(keeps: bool) -> None:
+    code = (
+        "import os, torch\n"
+        "from slm.hardware import keep_freed_memory\n"
+        f"keep_freed_memory() if {keeps} else None\n"
+        "held = lambda: int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')\n"
+        "tensor = torch.ones(50, 2**20)\n"
+        "before = held()\n"
+        "del tensor\n"
+        "print(before - held() < 2**20)\n"
+    )
+    result = run_command("-c", code, cwd=ROOT)
+    assert result.stdout == f"{keeps}\n", result.stderr
+
+
+def test_a_machine_without_a_compiler_is_told_so_in_one_line(refused: Callable[..., str]) -> None:
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        line = refused(*SMALL_FLAGS, "--model.compile=true", "--trainer.accelerator=cpu")
+    assert "model.compile=True: no C++ compiler on this machine: install one" in line
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_a_compiled_network_trains_to_the_same_checkpoint(slm: Callable[..., str]) -> None:
+    flags = [*SMALL_FLAGS, "--trainer.max_steps=2", "--trainer.max_epochs=-1", "--trainer.precision=32-true"]
+    flags += ["--trainer.accelerator=cpu", "--trainer.limit_val_batches=0", "--data.batch_size=8"]
+    slm(*flags)
+    slm(*flags, "--model.compile=true")
+    eager, compiled = (
+        torch.load(f"runs/version_{number}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for number in range(2)
+    )
+    assert list(eager) == list(compiled)
+    for name, weights in eager.items():
+        torch.testing.assert_close(weights, compiled[name], rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slm import transformer
 from slm.errors import InputError
 from slm.transformer import Block, CausalSelfAttention, FeedForward, Transformer
 
@@ -144,3 +145,24 @@ def test_a_dropout_outside_its_range_is_refused(dropout: float) -> None:
 def test_a_sequence_above_max_seq_len_is_refused_with_both_numbers() -> None:
     with pytest.raises(InputError, match="13 tokens is longer than max_seq_len=12"):
         make()(torch.zeros(1, 13, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, transformer.WRITTEN_OUT_UP_TO, transformer.WRITTEN_OUT_UP_TO + 1])
+def test_attention_written_out_equals_the_fused_kernel_in_value_and_gradients(seq_len: int) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(2, 3, seq_len, 8, requires_grad=True) for _ in range(3)]
+    ours = transformer.causal_attention(*given, dropout=0.0)
+    fused = F.scaled_dot_product_attention(*given, is_causal=True)
+    torch.testing.assert_close(ours, fused, rtol=1e-5, atol=1e-6)
+    direction = torch.randn_like(ours)
+    for mine, other in zip(*(torch.autograd.grad(out, given, direction) for out in (ours, fused)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seq_len", [8, transformer.WRITTEN_OUT_UP_TO + 1])
+def test_dropout_reaches_the_attention_weights(seq_len: int) -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 1, seq_len, 4) for _ in range(2))
+    summed = transformer.causal_attention(q, k, torch.ones(1, 1, seq_len, 4), dropout=0.5)
+    assert summed[..., 0, :].unique().item() in (0.0, 2.0)
+    assert summed.std() > 0.01

@@ -1,0 +1,54 @@
+"""What the benchmark counts; that it runs is shown by the README's test."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, run_command
+from torch.utils.flop_counter import FlopCounterMode
+
+from slm.benchmark import flops_per_step
+from slm.module import LanguageModel
+from slm.peers import TeachingScript
+
+SIZES = {
+    "vocab_size": 70, "embed_dim": 24, "num_heads": 3, "num_layers": 2, "hidden_dim": 40, "max_seq_len": 12,
+}  # fmt: skip
+
+
+def counted(logits_of: Callable[[torch.Tensor], torch.Tensor]) -> int:
+    tokens = torch.zeros(5, SIZES["max_seq_len"], dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(logits_of(tokens).flatten(0, 1), tokens.flatten()).backward()
+    return int(counter.get_total_flops())
+
+
+def test_the_operations_of_a_step_are_those_that_torch_counts() -> None:
+    with torch.device("meta"):
+        model = LanguageModel(**SIZES)
+    assert flops_per_step({**SIZES, "batch_size": 5}) == counted(model)
+
+
+def test_the_teaching_script_does_the_same_operations() -> None:
+    with torch.device("meta"):
+        model = TeachingScript(SIZES)
+    assert flops_per_step({**SIZES, "batch_size": 5}) == pytest.approx(counted(model), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["validate"], "the benchmark trains: give it the flags of train.py alone"),
+        (["--ckpt_path", "last"], "leave out --ckpt_path"),
+        (["--model.embed_dim", "130"], "embed_dim=130 is not divisible by num_heads=4"),
+    ],
+    ids=["subcommand", "checkpoint", "flag"],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(flags: list[str], message: str) -> None:
+    result = run_command("-m", "slm.benchmark", *flags, cwd=ROOT)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in result.stderr
