@@ -1,7 +1,8 @@
 """How fast, and how far from the limit, for the flags that `train.py` takes: `python -m slm.benchmark [FLAGS]`.
 
 The project's command, the same steps in a bare loop, and the peers that are installed train in processes of their own
-and take turns, so that what else the machine does falls on all of them alike.
+and take turns, so that what else the machine does falls on all of them alike. With
+`--sweep FLAG VALUE,VALUE,... [FLAGS]` the command alone is measured with one value after another.
 """
 
 import importlib.util
@@ -28,7 +29,7 @@ from slm.loss import linear_cross_entropy
 from slm.notices import say, silence_notices
 from slm.peers import STEPS, Turns, train_in_turns
 
-ROUNDS = 9
+ROUNDS, SWEEP_ROUNDS = 9, 3
 OURS, BARE, TEACHING, HUGGING_FACE = "slm", "its bare loop", "teaching script", "Hugging Face GPT-2"
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
 Measured = tuple[dict[str, "Contestant"], dict[str, Any], list[float]]
@@ -88,7 +89,13 @@ class BareLoop(CommandLine):
 
 
 class Contestant:
-    """A process that trains in rounds."""
+    """A process that trains in rounds.
+
+    Attributes:
+        first: what it says of itself after its first round, which does not count.
+        milliseconds: of a step, in each round.
+        memory: its peak so far, in GB.
+    """
 
     def __init__(self, *argv: str) -> None:
         self.process = subprocess.Popen(
@@ -96,14 +103,11 @@ class Contestant:
         )
         self.first = self._answer()
         self.milliseconds: list[float] = []
-        self.memory = 0.0
 
     def train_a_round(self) -> None:
         assert self.process.stdin is not None
         print(file=self.process.stdin, flush=True)
-        answer = self._answer()
-        self.milliseconds.append(answer["ms"])
-        self.memory = answer["memory"]
+        self.milliseconds.append(self._answer()["ms"])
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -111,6 +115,7 @@ class Contestant:
         if not line:
             sys.exit(self.process.wait() or 1)  # it has said why
         answer: dict[str, Any] = json.loads(line)
+        self.memory = answer["memory"]
         return answer
 
     def stop(self) -> None:
@@ -194,6 +199,18 @@ def explanation(contestants: Mapping[str, Contestant], facts: Mapping[str, Any],
     )
 
 
+def sweep(name: str, values: str, flags: list[str]) -> Iterator[str]:
+    """The rows of a Markdown table: the command alone, with one flag at one value after another."""
+    yield f"| {name} | ms/step | GFLOP/step | share of the matmul rate | peak memory |"
+    yield "|---|---|---|---|---|"
+    for value in values.split(","):
+        contestants, facts, rates = measure([*flags, f"--{name}={value}"], SWEEP_ROUNDS, with_peers=False)
+        ours, flops = contestants[OURS], flops_per_step(facts["sizes"])
+        median = statistics.median(ours.milliseconds)
+        share = flops / (median / 1e3) / statistics.median(rates)
+        yield f"| {value} | {median:.0f} | {flops / 1e9:.1f} | {share:.0%} | {ours.memory:.2f} GB |"
+
+
 def main(argv: list[str]) -> None:
     silence_notices()
     with ends_in_one_line():
@@ -204,6 +221,11 @@ def main(argv: list[str]) -> None:
             return
         check(not argv or argv[0] not in SUBCOMMANDS, "the benchmark trains: give it the flags of train.py alone")
         check("--ckpt_path" not in argv, "the benchmark trains a new model: leave out --ckpt_path")
+        if argv and argv[0] == "--sweep":
+            check(len(argv) >= 3, "--sweep needs a flag and its values: --sweep model.vocab_size 1000,10000")
+            for row in sweep(argv[1], argv[2], argv[3:]):
+                print(row, flush=True)
+            return
         say(f"{ROUNDS} rounds of {STEPS} steps each, in turns")
         measured = measure(argv, ROUNDS, with_peers=True)
         print(*table(*measured), "", explanation(*measured), sep="\n")

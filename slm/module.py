@@ -4,7 +4,6 @@ B batch, T time, D embedding, V vocabulary.
 """
 
 import sys
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,13 +41,12 @@ class LanguageModel(LightningModule):
         learning_rate: where the schedule starts.
         optimizer: AdamW, Adam, SGD with momentum 0.9, or Muon for the matrices inside the network.
         weight_decay: on matrices only; biases and norms are not decayed.
-        schedule: `plateau` lowers the learning rate when the validation loss stalls; `cosine` along half a cosine over
-            all steps of the Trainer.
+        schedule: `plateau` lowers the learning rate when the validation loss stalls, `cosine` over the Trainer's steps.
         warmup_steps: optimizer steps, under `cosine`, over which the learning rate first rises from 0.
         plateau_factor: what the learning rate is multiplied by when the validation loss stalls.
         plateau_patience: validations without improvement that are waited for before that.
         min_learning_rate: where the schedule ends.
-        compile: whether to train the network through torch.compile, which needs a C++ compiler or, on a GPU, Triton.
+        compile: whether to train through torch.compile, which needs a C++ compiler or, on a GPU, Triton.
 
     Raises:
         InputError: a value out of its range.
@@ -114,8 +112,7 @@ class LanguageModel(LightningModule):
                 answer is waited for; no checkpoint is written of what came of it in between.
         """
         window, self._window = self._window, AccumulationWindow()
-        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in _stepped_by(optimizer) if p.grad is not None]
         window.rescale(gradients, self.trainer.accumulate_grad_batches)
         self._norm = torch.nn.utils.get_total_norm(gradients)
         if self._is_logging_step or self.device.type == "cpu":
@@ -134,15 +131,15 @@ class LanguageModel(LightningModule):
     ) -> None:
         """Clip by the norm that is known already; Lightning itself refuses to clip for a fused optimizer."""
         if gradient_clip_algorithm == "value" and gradient_clip_val:
-            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+            torch.nn.utils.clip_grad_value_(_stepped_by(optimizer), gradient_clip_val)
         elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._norm)
+            torch.nn.utils.clip_grads_with_norm_(_stepped_by(optimizer), gradient_clip_val, self._norm)
 
     @property
     def _is_logging_step(self) -> bool:
-        """Whether Lightning passes on what is logged now; each `self.log` costs a third of a millisecond."""
+        """Whether Lightning passes on what is logged; each `self.log` costs a third of a millisecond."""
         step, interval = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return step == 0 or bool(interval > 0 and (step + 1) % interval == 0)
+        return step == 0 or bool(interval and (step + 1) % interval == 0)
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.hparams["compile"]:
@@ -229,6 +226,10 @@ class LanguageModel(LightningModule):
         """
         check_applicable(checkpoint["hyper_parameters"], self.hparams)
         adapt_states(checkpoint, self.hparams, fused=self._scaler is None)
+
+
+def _stepped_by(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def load(ckpt_path: str | Path) -> LanguageModel:

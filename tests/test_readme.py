@@ -17,6 +17,9 @@ COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | 
 SETUP = [line for line in COMMANDS if line.startswith("python3 -m venv")]
 TRAIN = [line for line in COMMANDS if line.startswith("python train.py")]
 OTHER = [line for line in COMMANDS if line not in SETUP + TRAIN]
+STRESS = "python -m tests.stress"
+BENCHMARK = "python -m slm.benchmark"
+SWEEPS = [line for line in OTHER if line.startswith(f"{BENCHMARK} --sweep ")]
 SHORTER = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
 SMALLER = ["--model.embed_dim=16", "--model.hidden_dim=32", "--model.num_layers=1", "--model.max_seq_len=32"]
 
@@ -26,7 +29,9 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
     assert len(TRAIN) >= 8
     assert OTHER[0] == "source .venv/bin/activate"
     assert OTHER[1] == "tensorboard --logdir runs"
-    assert [line.split()[:2] for line in OTHER[2:]] == [["python", "-m"], ["python", "-c"]]
+    assert OTHER[2:-1] == [STRESS, BENCHMARK, *SWEEPS]
+    assert len(SWEEPS) == 4
+    assert OTHER[-1].startswith("python -c ")
 
 
 def test_the_ci_runs_the_very_set_up_lines() -> None:
@@ -48,8 +53,16 @@ def test_the_commands_run_one_after_another(workdir: Path, capsys: pytest.Captur
             continue
         evaluates = argv[0] in ("validate", "test", "predict")
         resumes = "--ckpt_path" in argv
-        main([*argv, *([] if evaluates else SHORTER), *([] if resumes else SMALLER)])
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["version_0", "version_1", "version_2", "version_3"]
+        is_long = "configs/small_text.yaml" in argv
+        shorter = [*SHORTER, *(["--trainer.max_steps=2"] if is_long else [])]
+        main([*argv, *([] if evaluates else shorter), *([] if resumes else SMALLER)])
+    assert sorted(path.name for path in Path("runs").iterdir()) == [
+        "version_0",
+        "version_1",
+        "version_2",
+        "version_3",
+        "version_4",
+    ]
     tensorboard = shlex.split(OTHER[1])
     result = run_command("-m", "tensorboard.main", *tensorboard[1:], "--inspect", cwd=workdir)
     assert "train/loss" in result.stdout or "val/loss" in result.stdout, result.stderr
@@ -64,7 +77,7 @@ def test_the_python_example_runs(slm: Callable[..., str]) -> None:
 
 
 def test_runs_are_stopped_and_resumed_with_the_same_bits_as_the_command_beside_the_table_shows() -> None:
-    result = run_command(*shlex.split(OTHER[2])[1:], "--trials", "7", cwd=ROOT)
+    result = run_command(*shlex.split(STRESS)[1:], "--trials", "7", cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = re.findall(r"^\| (.+?) \| (\d+) \| (\d+) \| (\d+) \|", result.stdout, re.M)
     assert len(rows) >= 9
@@ -73,9 +86,32 @@ def test_runs_are_stopped_and_resumed_with_the_same_bits_as_the_command_beside_t
 
 
 def test_the_entropies_quoted_are_those_that_the_command_beside_them_prints(workdir: Path) -> None:
-    printed = run_command(*shlex.split(OTHER[3])[1:], cwd=workdir).stdout.split()
+    printed = run_command(*shlex.split(OTHER[-1])[1:], cwd=workdir).stdout.split()
     [quoted] = re.findall(r"allows a loss of ([\d.]+), the last two ([\d.]+)", README.replace("\n", " "))
     assert [f"{float(value):.2f}" for value in printed] == list(quoted)
+
+
+def test_the_benchmark_compares_with_its_bare_loop_and_the_teaching_script(workdir: Path) -> None:
+    tiny = ["--model.vocab_size=64", "--data.num_tokens=20000", *SMALLER]
+    result = run_command(*shlex.split(BENCHMARK)[1:], *tiny, cwd=workdir)
+    assert result.returncode == 0, result.stderr
+    figures = r"^\| (.+?) \| [\d.]+ \([\d.]+ to [\d.]+\) \| [\d,]+ \| \d+% \| [\d.]+ GB \| ([\d.]+) \|$"
+    rows = dict(re.findall(figures, result.stdout, re.M))
+    stated = [name for name, _ in re.findall(figures, README, re.M)]
+    assert list(rows)[:3] == stated[:3] == ["slm", "its bare loop", "teaching script"]
+    assert rows["slm"] == "1.00"
+    assert "A step is 0.0 GFLOP" in result.stdout
+    assert list(workdir.iterdir()) == []
+
+
+def test_a_sweep_measures_the_command_at_each_value(workdir: Path) -> None:
+    swept = [shlex.split(line)[4] for line in SWEEPS]
+    assert swept == ["model.vocab_size", "model.max_seq_len", "model.embed_dim", "model.num_layers"]
+    result = run_command(
+        *shlex.split(SWEEPS[0])[1:4], swept[0], "64,128", *SMALLER, "--data.num_tokens=9000", cwd=workdir
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"^\| (\d+) \| \d+ \| [\d.]+ \| \d+% \| [\d.]+ GB \|$", result.stdout, re.M) == ["64", "128"]
 
 
 def test_the_defaults_in_the_table_are_those_in_force() -> None:
