@@ -19,7 +19,7 @@ from slm.errors import InputError, NotFiniteError, check
 from slm.hardware import check_can_compile
 from slm.hyperparameters import adapt_states, check_applicable, check_ranges
 from slm.loss import linear_cross_entropy, sum_and_correct
-from slm.optimizer import build_optimizer, cosine_rate, num_steps
+from slm.optimizer import build_optimizer, cosine_rate, num_steps, stepped_by
 from slm.transformer import Transformer
 
 Batch = tuple[Tensor, Tensor]
@@ -112,7 +112,7 @@ class LanguageModel(LightningModule):
                 answer is waited for; no checkpoint is written of what came of it in between.
         """
         window, self._window = self._window, AccumulationWindow()
-        gradients = [p.grad for p in _stepped_by(optimizer) if p.grad is not None]
+        gradients = [p.grad for p in stepped_by(optimizer) if p.grad is not None]
         window.rescale(gradients, self.trainer.accumulate_grad_batches)
         self._norm = torch.nn.utils.get_total_norm(gradients)
         if self._is_logging_step or self.device.type == "cpu":
@@ -131,9 +131,9 @@ class LanguageModel(LightningModule):
     ) -> None:
         """Clip by the norm that is known already; Lightning itself refuses to clip for a fused optimizer."""
         if gradient_clip_algorithm == "value" and gradient_clip_val:
-            torch.nn.utils.clip_grad_value_(_stepped_by(optimizer), gradient_clip_val)
+            torch.nn.utils.clip_grad_value_(stepped_by(optimizer), gradient_clip_val)
         elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(_stepped_by(optimizer), gradient_clip_val, self._norm)
+            torch.nn.utils.clip_grads_with_norm_(stepped_by(optimizer), gradient_clip_val, self._norm)
 
     @property
     def _is_logging_step(self) -> bool:
@@ -226,10 +226,6 @@ class LanguageModel(LightningModule):
         """
         check_applicable(checkpoint["hyper_parameters"], self.hparams)
         adapt_states(checkpoint, self.hparams, fused=self._scaler is None)
-
-
-def _stepped_by(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def load(ckpt_path: str | Path) -> LanguageModel:

@@ -36,6 +36,11 @@ def build_optimizer(transformer: nn.Module, hparams: Mapping[str, Any], fused: b
     return MuonWithAdamW(hidden, [decayed, others], **settings)
 
 
+def stepped_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters of all its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) for the matrices inside the network, AdamW for embeddings, biases and norms.
 

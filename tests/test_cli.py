@@ -148,9 +148,12 @@ def test_print_config_shows_what_is_in_force(slm: Run, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_trains(slm: Run, config: Path) -> None:
+    smaller = ["embed_dim=48", "num_layers=1", "hidden_dim=64", "max_seq_len=32", "compile=false"]
     output = slm(
         f"--config={config}",
         *QUIET,
+        *(f"--model.{size}" for size in smaller),
+        "--data.batch_size=2",
         "--trainer.max_steps=2",
         "--trainer.limit_val_batches=1",
         "--trainer.val_check_interval=1",
