@@ -21,7 +21,11 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = {"cpu": 5 * 2**20}
 CHUNK_ELEMENTS_ON_A_GPU = 2**27
-"""Logits that exist at once, in each of two buffers."""
+"""Logits that exist at once, in each of two buffers; of a large vocabulary, D rows, which is as many as the weight has.
+
+Each chunk adds to the whole gradient of the weight, so fewer rows cost more than they save: at 128,000 tokens a step of
+the head took 2.8 s in chunks of 40 rows, 1.8 in chunks of 128 and 1.4 in chunks of 512 (bf16, as above).
+"""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -120,6 +124,6 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS_ON_A_GPU)
-    num_rows = min(len(hidden), max(1, elements // len(weight)))
+    num_rows = min(len(hidden), max(elements // len(weight), weight.shape[1]))
     for first in range(0, len(hidden), num_rows):
         yield slice(first, first + num_rows)

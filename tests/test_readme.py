@@ -105,7 +105,7 @@ def test_the_benchmark_compares_with_its_bare_loop_and_the_teaching_script(workd
 
 def test_a_sweep_measures_the_command_at_each_value(workdir: Path) -> None:
     swept = [shlex.split(line)[4] for line in SWEEPS]
-    assert swept == ["model.vocab_size", "model.max_seq_len", "model.embed_dim"]
+    assert swept == ["model.vocab_size", "model.max_seq_len", "model.embed_dim", "model.num_layers"]
     result = run_command(
         *shlex.split(SWEEPS[0])[1:4], swept[0], "64,128", *SMALLER, "--data.num_tokens=9000", cwd=workdir
     )
