@@ -76,10 +76,10 @@ def test_the_python_example_runs(slm: Callable[..., str]) -> None:
 
 
 def test_runs_are_stopped_and_resumed_with_the_same_bits_as_the_command_beside_the_table_shows() -> None:
-    result = run_command(*shlex.split(STRESS)[1:], "--trials", "7", cwd=ROOT)
+    result = run_command(*shlex.split(STRESS)[1:], "--trials", "3", cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = re.findall(r"^\| (.+?) \| (\d+) \| (\d+) \| (\d+) \|", result.stdout, re.M)
-    assert len(rows) >= 9
+    assert len(rows) >= 5
     stated = re.findall(r"^\| (.+?) \| (\d+) \| (\d+) \| (\d+) \|", README, re.M)
     assert {name for name, *_ in rows} <= {name for name, *_ in stated}
 
