@@ -8,17 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from slm import loss as slm_loss
 from slm.loss import linear_cross_entropy, sum_and_correct
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = ["cpu", "cpu as a GPU", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""The second takes a GPU's path on the CPU, so that it is held to the same on a machine without one."""
 
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slm_loss, "CHUNK_ELEMENTS", {"cpu": 7 * 50})
+    monkeypatch.setattr(slm_loss, "CHUNK_ELEMENTS", 7 * 50)
     monkeypatch.setattr(slm_loss, "CHUNK_ELEMENTS_ON_A_GPU", 7 * 50)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu as a GPU":
+        monkeypatch.setattr(slm_loss, "_is_on_cpu", lambda tensor: False)
+    return str(request.param).partition(" ")[0]
 
 
 def inputs(num: int = 24, vocab_size: int = 50, spread: float = 1.0, device: str = "cpu") -> tuple[Tensor, ...]:
@@ -41,7 +50,7 @@ def values_and_gradients(
     return [value.detach(), *torch.autograd.grad(value * scale, (hidden, weight))]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("spread", [0.1, 1.0, 30.0])
 def test_it_equals_the_whole_logits_in_value_and_both_gradients(spread: float, device: str) -> None:
     given = inputs(spread=spread, device=device)
@@ -50,7 +59,7 @@ def test_it_equals_the_whole_logits_in_value_and_both_gradients(spread: float, d
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_it_equals_the_whole_logits_to_the_precision_of_its_type(
     dtype: torch.dtype, device: str
@@ -88,16 +97,20 @@ def test_a_tied_weight_gets_the_gradients_of_both_its_uses() -> None:
     torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_target_whose_probability_rounds_to_nothing_has_its_true_loss(dtype: torch.dtype) -> None:
-    hidden, weight = torch.tensor([[1.0]], dtype=dtype), torch.tensor([[200.0], [-200.0], [0.0]], dtype=dtype)
-    losses = [linear_cross_entropy(hidden, weight, torch.tensor([target])).item() for target in range(3)]
+def test_a_target_whose_probability_rounds_to_nothing_has_its_true_loss(dtype: torch.dtype, device: str) -> None:
+    given = inputs(device=device)[0]
+    hidden, weight = given.new_tensor([[1.0]], dtype=dtype), given.new_tensor([[200.0], [-200.0], [0.0]], dtype=dtype)
+    targets = torch.arange(3, device=device)
+    losses = [linear_cross_entropy(hidden, weight, target[None]).item() for target in targets]
     assert losses == [0.0, 400.0, 200.0]
 
 
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_stays_so(bad: float) -> None:
-    hidden, weight, targets = inputs()
+def test_what_is_not_finite_stays_so(bad: float, device: str) -> None:
+    hidden, weight, targets = inputs(device=device)
     with torch.no_grad():
         hidden[10, 3] = bad
     loss, grad_hidden, grad_weight = values_and_gradients(linear_cross_entropy, hidden, weight, targets)
@@ -115,7 +128,7 @@ def test_a_gradient_scaler_keeps_gradients_that_float16_alone_would_lose() -> No
         assert (mine / 65536.0 - other).norm() <= 1e-2 * other.norm()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_evaluation_gives_the_sum_and_the_hits_of_the_whole_logits(device: str) -> None:
     hidden, weight, targets = inputs(device=device)
     logits = F.linear(hidden, weight)
@@ -125,29 +138,44 @@ def test_evaluation_gives_the_sum_and_the_hits_of_the_whole_logits(device: str) 
     assert correct.item() == (logits.argmax(-1) == targets).sum().item()
 
 
-class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation returns."""
+class Calls(TorchDispatchMode):
+    """Notes the name of every operation, and the shape of each tensor that it returns."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.elements = 0
+        self.results: list[tuple[str, tuple[int, ...]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
-        for value in torch.utils._pytree.tree_leaves(result):
-            if isinstance(value, Tensor):
-                self.elements = max(self.elements, value.numel())
+        shapes = [tuple(value.shape) for value in tree_leaves(result) if isinstance(value, Tensor)]
+        self.results += [(func._schema.name, shape) for shape in shapes or [()]]
         return result
+
+    @property
+    def largest(self) -> int:
+        return max(math.prod(shape) for _, shape in self.results)
 
 
 @pytest.mark.parametrize("vocab_size", [50, 400])
 def test_no_tensor_is_larger_than_a_chunk_or_the_weight(vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slm_loss, "CHUNK_ELEMENTS", {"cpu": 800})
+    monkeypatch.setattr(slm_loss, "CHUNK_ELEMENTS", 800)
     hidden, weight, targets = inputs(num=200, vocab_size=vocab_size)
-    with Largest() as seen:
+    with Calls() as seen:
         values_and_gradients(linear_cross_entropy, hidden, weight, targets)
         sum_and_correct(hidden, weight, targets)
-    assert seen.elements == max(800, weight.numel(), hidden.numel())
-    with Largest() as seen:
+    assert seen.largest == max(800, weight.numel(), hidden.numel())
+    with Calls() as seen:
         values_and_gradients(whole, hidden, weight, targets)
-    assert seen.elements == 200 * vocab_size
+    assert seen.largest == 200 * vocab_size
+
+
+@pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
+def test_a_gpu_multiplies_whole_columns_and_is_waited_for_nowhere(device: str) -> None:
+    given = inputs(device=device)
+    with Calls() as seen:
+        values_and_gradients(linear_cross_entropy, *given)
+        sum_and_correct(*given)
+    sizes = {size for name, shape in seen.results if name in ("aten::mm", "aten::addmm_") for size in shape}
+    assert 64 in sizes
+    assert 50 not in sizes
+    assert not {"aten::_local_scalar_dense", "aten::nonzero"} & {name for name, _ in seen.results}
