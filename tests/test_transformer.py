@@ -166,3 +166,11 @@ def test_dropout_reaches_the_attention_weights(seq_len: int) -> None:
     summed = transformer.causal_attention(q, k, torch.ones(1, 1, seq_len, 4), dropout=0.5)
     assert summed[..., 0, :].unique().item() in (0.0, 2.0)
     assert summed.std() > 0.01
+
+
+def test_compiled_the_activation_is_the_same_in_value_and_gradient() -> None:
+    x = torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
+    outputs = torch.compile(transformer.gelu, backend="aot_eager")(x), F.gelu(x, approximate="tanh")
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(output.sum(), x)[0] for output in outputs]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
