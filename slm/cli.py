@@ -125,9 +125,10 @@ class CommandLine(LightningCLI):
         """The Trainer with the project's precision, callbacks and run folder, which is made once all else is sound."""
         asked = self._get(self.config_init, "trainer")
         check(asked.accumulate_grad_batches >= 1, "trainer.accumulate_grad_batches must be at least 1")
-        precision, reason = resolve_precision(
-            str(asked.precision or "32-true"), accelerator_kind(str(asked.accelerator))
-        )
+        accelerator = accelerator_kind(str(asked.accelerator))
+        if accelerator == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 where a product is left in 32 bits
+        precision, reason = resolve_precision(str(asked.precision or "32-true"), accelerator)
         if reason:
             say(reason)
         trained_on = (self.request.content or {}).get("tokenizer", self.datamodule.tokenizer)

@@ -16,7 +16,7 @@ from torchmetrics import SumMetric
 from slm.accumulation import AccumulationWindow
 from slm.checkpoint import load_weights, open_checkpoint
 from slm.errors import InputError, NotFiniteError, check
-from slm.hardware import check_can_compile
+from slm.hardware import check_can_compile, compile_mode
 from slm.hyperparameters import adapt_states, check_applicable, check_ranges
 from slm.loss import linear_cross_entropy, sum_and_correct
 from slm.optimizer import build_optimizer, cosine_rate, num_steps, stepped_by
@@ -98,7 +98,7 @@ class LanguageModel(LightningModule):
         hidden = self.transformer(tokens).flatten(0, 1)  # (BT, D)
         loss = linear_cross_entropy(hidden, self.transformer.token_embedding.weight, targets.flatten())
         if self._is_logging_step:
-            self.log("train/loss", loss.detach(), prog_bar=True)
+            self.log("train/loss", loss.detach())  # prog_bar would read it back at every step
         return self._window.weigh(loss, tokens.numel())
 
     def on_before_backward(self, loss: Tensor) -> None:
@@ -143,8 +143,11 @@ class LanguageModel(LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.hparams["compile"]:
-            check_can_compile(self.trainer.strategy.root_device.type)
-            self.transformer.compile()
+            device = self.trainer.strategy.root_device.type
+            check_can_compile(device)
+            # gradients lie in a graph's memory, which its next call uses again: none where they are added up or shared
+            alone = self.trainer.world_size == self.trainer.accumulate_grad_batches == 1
+            self.transformer.compile(mode=compile_mode(device, self.transformer) if alone else None)
 
     def on_train_start(self) -> None:
         self._window = AccumulationWindow()

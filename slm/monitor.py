@@ -16,6 +16,7 @@ from slm.data import TokenData
 from slm.module import LanguageModel
 
 SPEED = "train/tokens_per_second"
+SECONDS_BETWEEN_REFRESHES = 0.1
 HPARAMS_LOSS = "best/val_loss"
 """The final loss in the HPARAMS tab: a tag of its own, so that it adds no point to a curve."""
 
@@ -25,6 +26,8 @@ class ProgressBar(TQDMProgressBar):
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else 10, leave=True)
+        self._shown: dict[str, Any] = {}
+        self._next_refresh = 0.0
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         """Begin inside an epoch where a resumed run does."""
@@ -34,6 +37,13 @@ class ProgressBar(TQDMProgressBar):
             self.on_train_epoch_start(trainer)
             self.train_progress_bar.initial = self.train_progress_bar.n = done
 
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Draw it ten times a second at most: a small model's step is over sooner than that is done."""
+        now = time.perf_counter()
+        if now >= self._next_refresh or trainer.is_last_batch:
+            self._next_refresh = now + SECONDS_BETWEEN_REFRESHES
+            super().on_train_batch_end(trainer, *args)
+
     def on_exception(self, *_: Any) -> None:
         """Give what is said next a line of its own."""
         for bar in (self._train_progress_bar, self._val_progress_bar):
@@ -41,9 +51,13 @@ class ProgressBar(TQDMProgressBar):
                 bar.close()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        metrics = trainer.progress_bar_metrics
-        shown = {"loss": ("train/loss", ".3f"), "val_loss": ("val/loss", ".3f"), "tokens/s": (SPEED, ",.0f")}
-        return {name: format(metrics[tag], style) for name, (tag, style) in shown.items() if tag in metrics}
+        """Of the last logging step: to read them is to wait for the device, which no step in between has to."""
+        step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not trainer.training or step == 1 or (interval and step % interval == 0):
+            metrics = trainer.callback_metrics
+            shown = {"loss": ("train/loss", ".3f"), "val_loss": ("val/loss", ".3f"), "tokens/s": (SPEED, ",.0f")}
+            self._shown = {name: format(metrics[tag], style) for name, (tag, style) in shown.items() if tag in metrics}
+        return self._shown
 
 
 class StepMonitor(Callback):
@@ -70,7 +84,7 @@ class StepMonitor(Callback):
         step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and step % interval == 0 and step != self._logged_step:
             self._stop_clock()
-            pl_module.log(SPEED, self._tokens / self._elapsed, prog_bar=True)
+            pl_module.log(SPEED, self._tokens / self._elapsed)
             pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"])
             self._running_since = time.perf_counter()
             self._elapsed, self._tokens, self._logged_step = 0.0, 0, step

@@ -3,13 +3,17 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config
-from conftest import ROOT, SMALL_FLAGS, run_command
+from conftest import ROOT, SMALL_FLAGS, fit, run_command, small_data, small_model
+from lightning.pytorch import Callback, Trainer
 
-from slm.hardware import has_native_bf16, resolve_precision
+from slm.hardware import LARGEST_GRAPH, compile_mode, has_native_bf16, resolve_precision
+from slm.monitor import ProgressBar, StepMonitor
+from slm.resume import ExactResume
 
 
 def test_16_mixed_stays_on_cuda_and_becomes_32_bit_on_mps() -> None:
@@ -85,3 +89,46 @@ def test_a_compiled_network_trains_to_the_same_checkpoint(slm: Callable[..., str
     assert list(eager) == list(compiled)
     for name, weights in eager.items():
         torch.testing.assert_close(weights, compiled[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_small_network_is_replayed_as_a_graph_on_cuda_alone() -> None:
+    with torch.device("meta"):
+        small, large = torch.nn.Embedding(LARGEST_GRAPH, 1), torch.nn.Embedding(LARGEST_GRAPH + 1, 1)
+    assert compile_mode("cuda", small) == "reduce-overhead"
+    assert [compile_mode("cuda", large), compile_mode("cpu", small), compile_mode("mps", small)] == [None] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_on_a_gpu_a_network_replayed_as_a_graph_trains_as_it_does_without(
+    accumulate: int, slm: Callable[..., str]
+) -> None:
+    flags = [*SMALL_FLAGS, "--trainer.max_steps=8", "--trainer.max_epochs=-1", "--trainer.precision=32-true"]
+    flags += [f"--trainer.accumulate_grad_batches={accumulate}", "--data.batch_size=4"]
+    slm(*flags)
+    slm(*flags, "--model.compile=true")
+    eager, compiled = (
+        torch.load(f"runs/version_{number}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for number in range(2)
+    )
+    for name, weights in eager.items():
+        torch.testing.assert_close(weights, compiled[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_not_waited_for_between_logging_steps() -> None:
+    class Forbid(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            is_quiet = trainer.global_step > 1 and (trainer.global_step + 1) % 5 and trainer.global_step % 5
+            torch.cuda.set_sync_debug_mode("error" if is_quiet else "default")
+
+        def on_train_end(self, *_: Any) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    callbacks = [ProgressBar(), ExactResume(), StepMonitor(), Forbid()]
+    flags = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "gradient_clip_val": 1.0}
+    flags |= {"log_every_n_steps": 5, "limit_train_batches": 20, "limit_val_batches": 0}
+    trainer = fit(small_model(), small_data(batch_size=4), callbacks=callbacks, enable_progress_bar=True, **flags)
+    assert trainer.global_step == 20

@@ -1,5 +1,7 @@
 import math
+import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +11,12 @@ import torch
 from conftest import SMALL_FLAGS, fit, small_data, small_model
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slm import monitor
 from slm.data import DummyData
-from slm.monitor import KnownLimits, StepMonitor
+from slm.monitor import KnownLimits, ProgressBar, StepMonitor
+from slm.resume import ExactResume
 
 Run = Callable[..., str]
 RUN = Path("runs/version_0")
@@ -91,6 +95,36 @@ def test_speed_counts_the_tokens_of_all_devices() -> None:
     trainer: Any = SimpleNamespace(world_size=3, global_step=1, log_every_n_steps=10)
     step_monitor.on_train_batch_end(trainer, small_model(), None, (torch.zeros(2, 5), torch.zeros(2, 5)), 0)
     assert step_monitor._tokens == 30
+
+
+class Reads(TorchDispatchMode):
+    """Counts the floating-point values that are fetched from a tensor, which on a GPU would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func._schema.name == "aten::_local_scalar_dense":
+            self.count += args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_value_is_fetched_from_the_device_between_logging_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ReadsOfEachStep(Callback):
+        def __init__(self) -> None:
+            self.counts: list[int] = []
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.counts.append(reads.count)
+
+    monkeypatch.setattr(monitor, "SECONDS_BETWEEN_REFRESHES", 0.0)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    counter = ReadsOfEachStep()
+    flags = {"log_every_n_steps": 5, "limit_train_batches": 20, "limit_val_batches": 0, "gradient_clip_val": 1.0}
+    with Reads() as reads:
+        callbacks = [ProgressBar(), ExactResume(), StepMonitor(), counter]
+        fit(small_model(), small_data(batch_size=4), callbacks=callbacks, enable_progress_bar=True, **flags)
+    of_steps = [after - before for before, after in pairwise(counter.counts)]
+    assert [step for step, count in enumerate(of_steps, start=1) if count] == [1, 5, 10, 15]
 
 
 @pytest.fixture
