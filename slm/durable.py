@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from slm.errors import NotWrittenError
 
@@ -16,17 +18,34 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
     Raises:
         NotWrittenError: it cannot be; the old content is untouched and nothing is left beside it.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, writer: str = "") -> Iterator[BinaryIO]:
+    """The same for a file that is written in the body, which an exception there leaves as it was.
+
+    Args:
+        path: the file.
+        writer: what tells several writers of one path apart.
+
+    Raises:
+        NotWrittenError: it cannot be written.
+    """
+    temporary = path.with_name(path.name + writer + TEMPORARY)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         if temporary.is_file():
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise NotWrittenError(
             f"{path} cannot be written: {error.strerror}; what was there is untouched: make room, or permit writing"
         ) from error
