@@ -5,6 +5,7 @@ B batch, T time (`max_seq_len`): every batch is (tokens (B, T), targets (B, T)),
 
 import math
 import signal
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any, Literal
 from weakref import WeakSet
@@ -25,6 +26,13 @@ Loader = DataLoader[tuple[Tensor, Tensor]]
 
 SECONDS_TO_STOP = 300
 """How long a worker serves on after a SIGTERM: longer than any scheduler waits for the training process to stop."""
+
+
+class _HeldOutOrder(UnrepeatedDistributedSampler):
+    """Every window once, on one device or another; without Lightning's list of all of them in memory."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
 
 
 class TokenData(LightningDataModule):
@@ -139,8 +147,7 @@ class TokenData(LightningDataModule):
     def val_dataloader(self) -> Loader:
         """The held-out windows in their order, each once, whatever the number of devices."""
         assert self.val_windows is not None
-        sampler = UnrepeatedDistributedSampler(self.val_windows, **self._share(), shuffle=False)
-        return self._loader(self.val_windows, sampler)
+        return self._loader(self.val_windows, _HeldOutOrder(self.val_windows, **self._share(), shuffle=False))
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
