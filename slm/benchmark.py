@@ -112,8 +112,9 @@ class Contestant:
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        if not line:
-            sys.exit(self.process.wait() or 1)  # it has said why
+        if not line.startswith("{"):  # what it was asked for instead, as by --help; or nothing, and it has said why
+            print(line, self.process.stdout.read(), sep="", end="")
+            sys.exit(self.process.wait() or int(not line))
         answer: dict[str, Any] = json.loads(line)
         self.memory = answer["memory"]
         return answer
@@ -145,6 +146,8 @@ def measure(flags: list[str], rounds: int, with_peers: bool) -> Measured:
         argv = [*flags, *(f"--trainer.{setting}" for setting in endless)]
         contestants = {OURS: Contestant("slm.benchmark", OURS, *argv)}
         facts = contestants[OURS].first
+        if with_peers:
+            say(f"{rounds} rounds of {STEPS} steps each, in turns")
         try:
             if with_peers:
                 autocast = AUTOCAST.get(facts["precision"])
@@ -201,13 +204,14 @@ def explanation(contestants: Mapping[str, Contestant], facts: Mapping[str, Any],
 
 def sweep(name: str, values: str, flags: list[str]) -> Iterator[str]:
     """The rows of a Markdown table: the command alone, with one flag at one value after another."""
-    yield f"| {name} | ms/step | GFLOP/step | share of the matmul rate | peak memory |"
-    yield "|---|---|---|---|---|"
+    header = [f"| {name} | ms/step | GFLOP/step | share of the matmul rate | peak memory |", "|---|---|---|---|---|"]
     for value in values.split(","):
         contestants, facts, rates = measure([*flags, f"--{name}={value}"], SWEEP_ROUNDS, with_peers=False)
         ours, flops = contestants[OURS], flops_per_step(facts["sizes"])
         median = statistics.median(ours.milliseconds)
         share = flops / (median / 1e3) / statistics.median(rates)
+        while header:
+            yield header.pop(0)
         yield f"| {value} | {median:.0f} | {flops / 1e9:.1f} | {share:.0%} | {ours.memory:.2f} GB |"
 
 
@@ -220,13 +224,15 @@ def main(argv: list[str]) -> None:
             loops[argv[0]](argv[1:])
             return
         check(not argv or argv[0] not in SUBCOMMANDS, "the benchmark trains: give it the flags of train.py alone")
-        check("--ckpt_path" not in argv, "the benchmark trains a new model: leave out --ckpt_path")
+        names = [flag.partition("=")[0] for flag in argv]
+        check("--ckpt_path" not in names, "the benchmark trains a new model: leave out --ckpt_path")
+        check("--sweep" not in names[1:], "--sweep comes first: python -m slm.benchmark --sweep FLAG VALUES")
         if argv and argv[0] == "--sweep":
-            check(len(argv) >= 3, "--sweep needs a flag and its values: --sweep model.vocab_size 1000,10000")
+            given = " ".join(argv)
+            check(len(argv) >= 3, f"{given}: give a flag and its values, as in --sweep model.vocab_size 1000,10000")
             for row in sweep(argv[1], argv[2], argv[3:]):
                 print(row, flush=True)
             return
-        say(f"{ROUNDS} rounds of {STEPS} steps each, in turns")
         measured = measure(argv, ROUNDS, with_peers=True)
         print(*table(*measured), "", explanation(*measured), sep="\n")
 

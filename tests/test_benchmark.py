@@ -41,17 +41,28 @@ def test_the_teaching_script_does_the_same_operations() -> None:
     [
         (["validate"], "the benchmark trains: give it the flags of train.py alone"),
         (["--ckpt_path", "last"], "leave out --ckpt_path"),
+        (["--ckpt_path=last"], "leave out --ckpt_path"),
+        (["--sweep", "model.embed_dim"], "--sweep model.embed_dim: give a flag and its values"),
+        (["--model.embed_dim", "32", "--sweep", "model.vocab_size", "9"], "--sweep comes first"),
         (["--model.embed_dim", "130"], "embed_dim=130 is not divisible by num_heads=4"),
     ],
-    ids=["subcommand", "checkpoint", "flag"],
+    ids=["subcommand", "checkpoint", "checkpoint by =", "values", "order", "flag"],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
     flags: list[str], message: str, workdir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(flags)
-    said = capfd.readouterr().err  # by its processes too
+    printed, said = capfd.readouterr()  # by its processes too
+    assert printed == ""
     assert exit_info.value.code == 2
     [error] = [line for line in said.splitlines() if line.startswith("error: ")]
     assert message in error
     assert "Traceback" not in said
+
+
+def test_what_its_flags_print_instead_is_printed(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--model.embed_dim=48", "--print_config"])
+    assert exit_info.value.code == 0
+    assert "embed_dim: 48" in capfd.readouterr().out
