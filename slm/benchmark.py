@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import chain, repeat
 from typing import Any
@@ -158,9 +159,11 @@ def measure(flags: list[str], rounds: int, with_peers: bool) -> Measured:
                     contestants[HUGGING_FACE] = Contestant("slm.peers", HUGGING_FACE, settings)
             dtype = getattr(torch, AUTOCAST.get(facts["precision"], "float32"))
             rates = []
-            for _ in range(rounds):
+            for number in range(rounds):
                 rates.append(matmul_rate(facts["device"], dtype))
-                for contestant in contestants.values():
+                order = deque(contestants.values())
+                order.rotate(number)  # what a processor has just done slows down or speeds up what comes next
+                for contestant in order:
                     contestant.train_a_round()
         finally:
             for contestant in contestants.values():
