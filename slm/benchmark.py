@@ -25,7 +25,7 @@ from slm.arguments import SUBCOMMANDS
 from slm.cli import CommandLine
 from slm.endings import ends_in_one_line
 from slm.errors import check
-from slm.hardware import keep_freed_memory
+from slm.hardware import compile_mode, keep_freed_memory
 from slm.loss import linear_cross_entropy
 from slm.notices import say, silence_notices
 from slm.peers import STEPS, Turns, train_in_turns
@@ -54,6 +54,11 @@ class MeasuredTrainer(CommandLine):
 
     def before_fit(self) -> None:
         plugin = self.trainer.precision_plugin
+        several, devices = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        check(several == 1, f"trainer.accumulate_grad_batches={several}: the benchmark counts steps of one batch")
+        check(devices == 1, f"{devices} devices: the benchmark measures one, add --trainer.devices 1")
+        is_known = plugin.precision in ("32-true", *AUTOCAST)
+        check(is_known, f"trainer.precision={plugin.precision}: the other loops know 32-true, bf16-mixed and 16-mixed")
         sizes = {**self.model.hparams, "batch_size": self.datamodule.hparams["batch_size"]}
         facts = {"precision": plugin.precision, "device": self.trainer.strategy.root_device.type, "sizes": sizes}
         self.trainer.callbacks.append(_Clock(facts))  # type: ignore[attr-defined]
@@ -78,7 +83,7 @@ class BareLoop(CommandLine):
         optimizer = self.model.configure_optimizers()
         optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
         if self.model.hparams["compile"]:
-            transformer.compile()
+            transformer.compile(mode=compile_mode(device.type, transformer))
         batches = chain.from_iterable(repeat(self.datamodule.train_dataloader()))
         name = AUTOCAST.get(self.trainer.precision_plugin.precision)
 

@@ -7,8 +7,10 @@ import torch
 
 from slm.errors import InputError
 
-MALLOPT = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 64 * 2**20), "M_MMAP_THRESHOLD": (-3, 2**30)}
+MALLOPT = {"M_MMAP_THRESHOLD": (-3, 2**25), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 64 * 2**20)}
 """Parameters of glibc's mallopt, with the values that let it keep what was freed."""
+LARGEST_MMAP_THRESHOLD = 2**30
+"""Refused by older versions of glibc, which take no more than the value above."""
 
 LARGEST_GRAPH = 10_000_000
 """Parameters of the largest network that is replayed as a CUDA graph."""
@@ -20,8 +22,10 @@ def keep_freed_memory() -> None:
     Each new page costs a page fault: with the default model on two cores a step took 177 ms and not 190 to 212.
     """
     if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in MALLOPT.values():
-            ctypes.CDLL(None).mallopt(parameter, value)
+            mallopt(parameter, value)
+        mallopt(MALLOPT["M_MMAP_THRESHOLD"][0], LARGEST_MMAP_THRESHOLD)
 
 
 def check_can_compile(device: str) -> None:

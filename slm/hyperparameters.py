@@ -8,7 +8,7 @@ import torch
 from slm.errors import check
 from slm.optimizer import OPTIMIZERS
 
-FIXED = ("vocab_size", "embed_dim", "num_heads", "num_layers", "hidden_dim", "max_seq_len", "optimizer")
+FIXED = ("vocab_size", "embed_dim", "num_heads", "num_layers", "hidden_dim", "max_seq_len", "optimizer", "schedule")
 """Those that the weights or the optimizer's state are tied to."""
 
 
@@ -28,6 +28,8 @@ def check_ranges(hparams: Mapping[str, Any]) -> None:
     check(0 < factor < 1, f"plateau_factor={factor} must be above 0 and below 1")
     check(patience >= 0, f"plateau_patience={patience} must be at least 0")
     check(minimum >= 0, f"min_learning_rate={minimum} must be at least 0")
+    falls = schedule != "cosine" or minimum <= learning_rate
+    check(falls, f"min_learning_rate={minimum} must be at most learning_rate={learning_rate} under schedule=cosine")
 
 
 def check_applicable(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

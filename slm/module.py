@@ -19,7 +19,7 @@ from slm.errors import InputError, NotFiniteError, check
 from slm.hardware import check_can_compile, compile_mode
 from slm.hyperparameters import adapt_states, check_applicable, check_ranges
 from slm.loss import linear_cross_entropy, sum_and_correct
-from slm.optimizer import build_optimizer, cosine_rate, num_steps, stepped_by
+from slm.optimizer import build_optimizer, cosine_rate, num_steps, rescheduled, stepped_by
 from slm.transformer import Transformer
 
 Batch = tuple[Tensor, Tensor]
@@ -108,8 +108,7 @@ class LanguageModel(LightningModule):
         """Give the gradient its true scale, and log its norm as it is before clipping.
 
         Raises:
-            NotFiniteError: the loss or the gradient is not finite. A GPU is asked only at logging steps, since each
-                answer is waited for; no checkpoint is written of what came of it in between.
+            NotFiniteError: the loss or the gradient is not finite; a GPU, which is waited for, is asked when it logs.
         """
         window, self._window = self._window, AccumulationWindow()
         gradients = [p.grad for p in stepped_by(optimizer) if p.grad is not None]
@@ -147,7 +146,8 @@ class LanguageModel(LightningModule):
             check_can_compile(device)
             # gradients lie in a graph's memory, which its next call uses again: none where they are added up or shared
             alone = self.trainer.world_size == self.trainer.accumulate_grad_batches == 1
-            self.transformer.compile(mode=compile_mode(device, self.transformer) if alone else None)
+            can_replay = alone and not rescheduled(self.trainer)
+            self.transformer.compile(mode=compile_mode(device, self.transformer) if can_replay else None)
 
     def on_train_start(self) -> None:
         self._window = AccumulationWindow()

@@ -39,6 +39,8 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Draw it ten times a second at most: a small model's step is over sooner than that is done."""
+        if trainer.global_step == 1 or _is_logging(trainer):
+            self._read(trainer)
         now = time.perf_counter()
         if now >= self._next_refresh or trainer.is_last_batch:
             self._next_refresh = now + SECONDS_BETWEEN_REFRESHES
@@ -52,12 +54,19 @@ class ProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Of the last logging step: to read them is to wait for the device, which no step in between has to."""
-        step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not trainer.training or step == 1 or (interval and step % interval == 0):
-            metrics = trainer.callback_metrics
-            shown = {"loss": ("train/loss", ".3f"), "val_loss": ("val/loss", ".3f"), "tokens/s": (SPEED, ",.0f")}
-            self._shown = {name: format(metrics[tag], style) for name, (tag, style) in shown.items() if tag in metrics}
+        if not trainer.training:
+            self._read(trainer)
         return self._shown
+
+    def _read(self, trainer: Trainer) -> None:
+        metrics = trainer.callback_metrics
+        shown = {"loss": ("train/loss", ".3f"), "val_loss": ("val/loss", ".3f"), "tokens/s": (SPEED, ",.0f")}
+        self._shown = {name: format(metrics[tag], style) for name, (tag, style) in shown.items() if tag in metrics}
+
+
+def _is_logging(trainer: Trainer) -> bool:
+    step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(interval and step % interval == 0)
 
 
 class StepMonitor(Callback):
@@ -81,8 +90,8 @@ class StepMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
         self._tokens += batch[0].numel() * trainer.world_size
-        step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if interval and step % interval == 0 and step != self._logged_step:
+        step = trainer.global_step
+        if _is_logging(trainer) and step != self._logged_step:
             self._stop_clock()
             pl_module.log(SPEED, self._tokens / self._elapsed)
             pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"])

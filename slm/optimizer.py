@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 
 from slm.errors import check
@@ -89,10 +90,17 @@ def num_steps(trainer: Any) -> int:
     """Optimizer steps of a Trainer's whole run; its own estimate would set the training loader up anew.
 
     Raises:
-        InputError: it has no end in steps or epochs.
+        InputError: it has no end in steps or epochs, or its steps change their length.
     """
+    message = "schedule=cosine needs as many batches in every step: leave out GradientAccumulationScheduler"
+    check(not rescheduled(trainer), message)
     limits = [trainer.max_steps] if trainer.max_steps > 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         limits.append(trainer.max_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
     check(bool(limits), "schedule=cosine needs an end: give --trainer.max_epochs or --trainer.max_steps")
     return int(min(limits))
+
+
+def rescheduled(trainer: Any) -> bool:
+    """Whether a callback of the Trainer changes how many batches make a step."""
+    return any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)

@@ -44,9 +44,11 @@ def test_the_teaching_script_does_the_same_operations() -> None:
         (["--ckpt_path=last"], "leave out --ckpt_path"),
         (["--sweep", "model.embed_dim"], "--sweep model.embed_dim: give a flag and its values"),
         (["--model.embed_dim", "32", "--sweep", "model.vocab_size", "9"], "--sweep comes first"),
+        (["--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2: the benchmark counts"),
+        (["--trainer.precision=bf16-true"], "trainer.precision=bf16-true: the other loops know"),
         (["--model.embed_dim", "130"], "embed_dim=130 is not divisible by num_heads=4"),
     ],
-    ids=["subcommand", "checkpoint", "checkpoint by =", "values", "order", "flag"],
+    ids=["subcommand", "checkpoint", "checkpoint by =", "values", "order", "accumulation", "precision", "flag"],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
     flags: list[str], message: str, workdir: Path, capfd: pytest.CaptureFixture[str]

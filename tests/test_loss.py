@@ -73,6 +73,20 @@ def test_under_autocast_it_equals_the_whole_logits_to_the_precision_of_its_type(
         assert (mine - other).norm() <= 1e-2 * other.norm()
 
 
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("spread", [1.2, 1.6, 2.0])
+def test_a_confident_model_has_the_loss_and_the_gradients_of_its_logits(spread: float, device: str) -> None:
+    hidden, weight, _ = (value.detach().bfloat16() for value in inputs(spread=spread, device=device))
+    targets = (hidden @ weight.T).argmax(-1)
+    low = hidden.requires_grad_(), weight.requires_grad_()
+    ours = values_and_gradients(linear_cross_entropy, *low, targets)
+    reference = values_and_gradients(whole, *low, targets)
+    exact = values_and_gradients(whole, *(value.detach().float().requires_grad_() for value in low), targets)
+    assert exact[0] < 0.6
+    for mine, other, true in zip(ours, reference, exact, strict=True):
+        assert (mine.float() - true).norm() <= max(1e-2 * true.norm(), 1.5 * (other.float() - true).norm())
+
+
 def test_hidden_states_in_bf16_get_gradients_in_bf16() -> None:
     hidden, weight, targets = inputs(spread=0.5)
     low = hidden.detach().bfloat16().requires_grad_()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL_FLAGS, fit, small_data, small_model
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -125,6 +125,29 @@ def test_no_value_is_fetched_from_the_device_between_logging_steps(monkeypatch: 
         fit(small_model(), small_data(batch_size=4), callbacks=callbacks, enable_progress_bar=True, **flags)
     of_steps = [after - before for before, after in pairwise(counter.counts)]
     assert [step for step, count in enumerate(of_steps, start=1) if count] == [1, 5, 10, 15]
+
+
+def test_the_bar_shows_the_last_logged_loss_wherever_an_epoch_ends() -> None:
+    class Shown(Callback):
+        def __init__(self) -> None:
+            self.losses: list[tuple[str, str]] = []
+
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step > 4:
+                logged = trainer.callback_metrics["train/loss"].item()
+                self.losses.append((bar.get_metrics(trainer, small_model())["loss"], f"{logged:.3f}"))
+
+    bar, shown = ProgressBar(), Shown()
+    flags = {"log_every_n_steps": 4, "limit_train_batches": 7, "limit_val_batches": 0, "max_epochs": 3}
+    fit(
+        small_model(learning_rate=0.1),
+        small_data(batch_size=4),
+        callbacks=[bar, shown],
+        enable_progress_bar=True,
+        **flags,
+    )
+    assert [ours for ours, _ in shown.losses] == [logged for _, logged in shown.losses]
+    assert len({ours for ours, _ in shown.losses}) >= 4
 
 
 @pytest.fixture

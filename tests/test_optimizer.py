@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import fit, small_data, small_model
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from slm.errors import InputError
@@ -178,3 +179,14 @@ def test_muon_goes_on_from_its_saved_state_as_if_it_had_never_stopped() -> None:
     for pair in ((parameters, optimizer), (resumed, fresh)):
         train(*pair)
     assert all(torch.equal(p, q) for p, q in zip(parameters, resumed, strict=True))
+
+
+def test_a_cosine_over_steps_of_changing_length_is_refused() -> None:
+    callbacks = [GradientAccumulationScheduler({0: 1, 1: 2})]
+    with pytest.raises(InputError, match="leave out GradientAccumulationScheduler"):
+        fit(small_model(schedule="cosine"), max_epochs=2, callbacks=callbacks)
+
+
+def test_a_cosine_does_not_rise_to_its_end() -> None:
+    with pytest.raises(InputError, match=r"min_learning_rate=0.1 must be at most learning_rate=0.01"):
+        small_model(schedule="cosine", learning_rate=0.01, min_learning_rate=0.1)
