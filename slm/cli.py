@@ -18,17 +18,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from slm.arguments import LINKED, CommandLineTrainer, read_request, read_settings, say_what_changed
 from slm.checkpoint import RUNS, claim_run, load_weights
-from slm.data import DummyData, TextData, TokenData
-from slm.durable import replace_file
+from slm.data import NAMED_TOKENIZERS, DummyData, TextData
 from slm.endings import command, ends_in_one_line
 from slm.errors import InputError, check
 from slm.hardware import accelerator_kind, keep_freed_memory, resolve_precision
 from slm.hyperparameters import check_applicable
-from slm.keeper import hold, take_over
+from slm.keeper import begin, hold, take_over
 from slm.module import LanguageModel
 from slm.monitor import HPARAMS_LOSS, closing_report
 from slm.notices import explain_parser_error, say, silence_notices
 from slm.policy import find_default_config, trainer_arguments
+from slm.token_data import TokenData
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,8 +98,9 @@ class CommandLine(LightningCLI):
                 known |= {f"data.{name}": data.__name__ for name in inspect.signature(data).parameters}
             raise InputError(explain_parser_error(str(error), known)) from error
         init_args = config[config.subcommand].data.init_args
-        if init_args.get("path"):  # absolute, since the run may go on from another folder
-            init_args.path = str(Path(init_args.path).expanduser().absolute())
+        for name in ("path", "val_path", "tokenizer"):  # absolute, since the run may go on from another folder
+            if init_args.get(name) and init_args[name] not in NAMED_TOKENIZERS:
+                init_args[name] = str(Path(init_args[name]).expanduser().absolute())
         return config
 
     def before_instantiate_classes(self) -> None:
@@ -131,15 +132,16 @@ class CommandLine(LightningCLI):
         precision, reason = resolve_precision(str(asked.precision or "32-true"), accelerator)
         if reason:
             say(reason)
-        trained_on = (self.request.content or {}).get("tokenizer", self.datamodule.tokenizer)
-        mismatch = f"trained with tokenizer={trained_on}, the data has tokenizer={self.datamodule.tokenizer}"
-        fits = trained_on == self.datamodule.tokenizer
-        check(fits, f"{self.request.checkpoint} was {mismatch}: name its own data with --data or --config")
+        if self.request.content is not None:
+            self.datamodule.continue_with(self.request.content.get("tokenizer"))
         self.datamodule.setup()
         self._check_fingerprint()
         keeps = self.subcommand == "fit" and not asked.fast_dev_run
         self.run = self.request.run if keeps else None
         self.is_new_run = keeps and self.run is None
+        if self.subcommand == "fit":
+            for line in self.datamodule.at_a_glance(sum(p.numel() for p in self.model.parameters())):
+                say(line)
         if self.is_new_run:
             runs = Path(asked.default_root_dir or "") / RUNS
             self.run = claim_run(runs) if _is_rank_zero() else runs / "of_rank_zero"
@@ -147,7 +149,7 @@ class CommandLine(LightningCLI):
         if self.run is not None and _is_rank_zero():
             self.lock = hold(self.run)
             if self.is_new_run:
-                replace_file(self.run / "config.yaml", config.encode())
+                begin(self.run, config, self.datamodule.tokenizer)
             else:
                 take_over(self.run, content)
         first_step = None if self.is_new_run else content.get("global_step", 0)

@@ -1,197 +1,23 @@
-"""The LightningDataModules: one stream of tokens, its tail held out, both cut into windows.
+"""The data that there is: tokens from a known source, and text."""
 
-B batch, T time (`max_seq_len`): every batch is (tokens (B, T), targets (B, T)), int64.
-"""
-
-import math
-import signal
 from collections.abc import Iterator
-from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakSet
 
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from slm.corpus import NUM_BYTES, byte_stream
+from slm.corpus import INSIDE_PYTHON, Text, own_bpe, saved_tokens, token_stream
+from slm.documents import Errors
 from slm.errors import check
-from slm.loader import ShuffledOrder, StreamOrder, Windows
+from slm.files import find_splits
+from slm.notices import say
+from slm.prepared import Facts
 from slm.source import MarkovSource, UniformSource
+from slm.token_data import TokenData, refuse_other_tokenizer
+from slm.tokenizer import NUM_BYTES, ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer, read_tokenizer
 
-Loader = DataLoader[tuple[Tensor, Tensor]]
-
-SECONDS_TO_STOP = 300
-"""How long a worker serves on after a SIGTERM: longer than any scheduler waits for the training process to stop."""
-
-
-class _HeldOutOrder(UnrepeatedDistributedSampler):
-    """Every window once, on one device or another; without Lightning's list of all of them in memory."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
-
-
-class TokenData(LightningDataModule):
-    """Windows over one stream of tokens, the last `val_fraction` of it held out; a subclass says which stream.
-
-    There is one held-out split: `validate`, `test` and `predict` all read the whole of it.
-
-    Args:
-        vocab_size: number of token ids, given once, as `--model.vocab_size`.
-        max_seq_len: tokens in a window, given once, as `--model.max_seq_len`.
-        batch_size: windows in a batch, on each device.
-        val_fraction: share of the stream that is held out.
-        seed: of the order of the training windows, and of the dummy tokens.
-        num_workers: processes that load batches; 0 loads in the training process.
-
-    Raises:
-        InputError: an argument out of range, or (in `setup`) a stream too short for a window in each split.
-    """
-
-    tokenizer: str | None = None
-    """How text becomes tokens: None (no text), `bytes`, or the JSON text of a tokenizer."""
-    bytes_per_token: float | None = None
-    optimum: float | None = None
-    """The lowest loss that any model can be expected to reach on these windows, in nats per token; None if unknown."""
-    unigram: float | None = None
-    """The lowest expected loss of a model that ignores the context, in nats per token; None if unknown."""
-    best_accuracy: float | None = None
-    fingerprint: str | None = None
-    """Of its tokens, their split and their order, once they are there."""
-
-    def __init__(
-        self,
-        vocab_size: int,
-        max_seq_len: int,
-        batch_size: int = 32,
-        val_fraction: float = 0.1,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__()
-        check(vocab_size >= 1, f"vocab_size={vocab_size} must be at least 1")
-        check(max_seq_len >= 1, f"max_seq_len={max_seq_len} must be at least 1")
-        check(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
-        check(0.0 < val_fraction < 1.0, f"val_fraction={val_fraction} must be above 0 and below 1")
-        check(0 <= seed < 2**63, f"seed={seed} must be at least 0 and below 2**63")
-        check(num_workers >= 0, f"num_workers={num_workers} must be at least 0")
-        self.save_hyperparameters()
-        self.train_windows: Windows | None = None
-        self.val_windows: Windows | None = None
-        self._loaders = WeakSet[Loader]()
-        self.start_at(0, 0)
-
-    def stream(self) -> Tensor:
-        """The tokens (N,), of any integer type; called once, in `setup`."""
-        raise NotImplementedError
-
-    def digest(self, stream: Tensor) -> bytes:
-        """What tells the stream from every other."""
-        return blake2b(stream.contiguous().numpy().data).digest()
-
-    def setup(self, stage: str | None = None) -> None:
-        if self.train_windows is not None:
-            return
-        stream, seq_len = self.stream(), self.hparams["max_seq_len"]
-        order = f"{self.hparams['seed']} {self.hparams['val_fraction']}".encode()
-        self.fingerprint = blake2b(self.digest(stream), digest_size=16, key=order).hexdigest()
-        num_windows = (len(stream) - 1) // seq_len
-        check(
-            num_windows >= 2,
-            f"{len(stream)} tokens are too few: training and validation need a window of max_seq_len={seq_len} each, "
-            f"{2 * seq_len + 1} tokens in all; give more data or a smaller --model.max_seq_len",
-        )
-        held_out = min(max(1, round(num_windows * self.hparams["val_fraction"])), num_windows - 1)
-        boundary = len(stream) - held_out * seq_len  # whole windows, so that every held-out token is a target
-        self.train_windows = Windows(stream[:boundary], seq_len)
-        self.val_windows = Windows(stream[boundary - 1 :], seq_len)
-
-    def start_at(self, epoch: int, windows: int) -> None:
-        """Let `train_dataloader` begin in this epoch, after so many of its windows, counted over all devices."""
-        self._start_epoch, self._start_windows = epoch, windows
-
-    @property
-    def first_batch(self) -> int:
-        """The number of the batch, within its epoch, that `train_dataloader` begins with."""
-        order, batch_size = self._order(), self.hparams["batch_size"]
-        left = max(0, len(order) - self._start_windows // self._share()["num_replicas"])
-        return math.ceil(len(order) / batch_size) - math.ceil(left / batch_size)
-
-    def windows_before(self, epoch: int, batch: int) -> int:
-        """How many windows of the epoch, counted over all devices, come before this batch."""
-        first, before = (self.first_batch, self._start_windows) if epoch == self._start_epoch else (0, 0)
-        return before + (batch - first) * self.hparams["batch_size"] * self._share()["num_replicas"]
-
-    def train_dataloader(self) -> Loader:
-        """The training windows in an order that is a function of (seed, epoch), from where `start_at` says.
-
-        Raises:
-            InputError: there are fewer windows than devices.
-        """
-        assert self.train_windows is not None
-        order, num_replicas = self._order(), self._share()["num_replicas"]
-        check(len(order) > 0, f"{len(self.train_windows)} training windows are too few for {num_replicas} devices")
-        order.start_at(self._start_epoch, self._start_windows // num_replicas)
-        return self._loader(self.train_windows, order)
-
-    def _order(self) -> ShuffledOrder | StreamOrder:
-        assert self.train_windows is not None
-        if self.trainer is not None and getattr(self.trainer, "overfit_batches", False):
-            return StreamOrder(self.train_windows)
-        return ShuffledOrder(self.train_windows, self.hparams["seed"], **self._share())
-
-    def val_dataloader(self) -> Loader:
-        """The held-out windows in their order, each once, whatever the number of devices."""
-        assert self.val_windows is not None
-        return self._loader(self.val_windows, _HeldOutOrder(self.val_windows, **self._share(), shuffle=False))
-
-    test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
-
-    def _share(self) -> dict[str, Any]:
-        """Which of the devices this process feeds, as samplers call it."""
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return {"num_replicas": world_size, "rank": rank}
-
-    def _loader(self, windows: Windows, sampler: Sampler[Any]) -> Loader:
-        num_workers = self.hparams["num_workers"]
-        loader = DataLoader(
-            windows,
-            batch_size=self.hparams["batch_size"],
-            sampler=sampler,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator().manual_seed(self.hparams["seed"]),  # else it draws from the model's numbers
-        )
-        self._loaders.add(loader)
-        return loader
-
-    def on_exception(self, exception: BaseException) -> None:
-        self.teardown()
-
-    def teardown(self, stage: str | None = None) -> None:
-        """End the workers, which would be waited for when the process exits."""
-        for loader in self._loaders:
-            if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
-                loader._iterator._shutdown_workers()
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C, and often SIGTERM, reach every process; the training process needs its workers to finish the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_later)
-
-
-def _end_later(signum: int, frame: Any) -> None:
-    signal.alarm(SECONDS_TO_STOP)
+NAMED_TOKENIZERS = ("bytes", "bpe")
 
 
 class DummyData(TokenData):
@@ -223,28 +49,144 @@ class DummyData(TokenData):
 
 
 class TextData(TokenData):
-    """UTF-8 text as bytes: 256 ids, any language, no vocabulary file.
+    """Text from files, as bytes or as the tokens of a tokenizer; or tokens that another program has saved.
+
+    A file is UTF-8 text, `.jsonl`, `.parquet`, or `.bin` with the uint16 tokens of nanoGPT's scripts; the first two may
+    be packed, with `.gz` after the name. A folder is searched for such files, or is a saved Hugging Face data set, or
+    holds nanoGPT's `train.bin` and `val.bin`.
 
     Args:
-        path: a text file or a folder of text files; None is the English documentation inside every Python.
+        path: a file or a folder; None is the English documentation inside every Python.
+        glob: which files of a folder: `*` and `?` stand for characters of a name, `**/` for any folders.
+        text_field: the field of `.jsonl`, or column of a table, that holds the text.
+        errors: `strict` refuses what is not UTF-8, `replace` puts U+FFFD in its place and counts.
+        val_path: text to hold out, instead of the last `val_fraction` of `path`.
+        tokenizer: `bytes`; `bpe`, byte-level BPE whose merges are learned from the training text until there are
+            `vocab_size` ids; or the path of a `tokenizer.json`.
     """
 
-    tokenizer = "bytes"
-    bytes_per_token = 1.0
+    facts: Facts
+    held_out_facts: Facts
+    _tokenizer: Tokenizer | None = None
 
-    def __init__(self, *args: Any, path: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        path: str | None = None,
+        glob: str = "**/*",
+        text_field: str = "text",
+        errors: Errors = "strict",
+        val_path: str | None = None,
+        tokenizer: str = "bytes",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        for name, value in (("path", path), ("val_path", val_path), ("tokenizer", tokenizer), ("glob", glob)):
+            check(value != "", f"data.{name} is empty: give one, or leave it out")
+        self._train: Path | None = None
+        self._held_out: Path | None = None
+        if path is not None:
+            self._train, self._held_out = find_splits(Path(path))
+        if val_path is not None:
+            self._held_out = Path(val_path)
+        self._is_text = not _is_tokens(self._train)
+        self._continued: Tokenizer | None = None
         vocab_size = self.hparams["vocab_size"]
-        check(path != "", "data.path is empty: give a file or a folder, or leave it out")
         check(
-            vocab_size == NUM_BYTES,
+            vocab_size == NUM_BYTES or tokenizer != "bytes" or not self._is_text,
             f"vocab_size={vocab_size} does not fit text as bytes, which has {NUM_BYTES} ids: "
-            f"use --model.vocab_size {NUM_BYTES} or --config configs/text.yaml",
+            f"use --model.vocab_size {NUM_BYTES}, or --data.tokenizer bpe",
         )
+        can_learn = self._is_text or tokenizer != "bpe"
+        check(can_learn, f"data.tokenizer=bpe cannot learn from {path}, which holds tokens: leave it out")
+        are_of_a_kind = self._held_out is None or _is_tokens(self._held_out) != self._is_text
+        check(are_of_a_kind, f"of data.path={path} and data.val_path={val_path} only one is a .bin of tokens: give two")
+
+    def continue_with(self, tokenizer: str | None) -> None:
+        asked, stored = self.hparams["tokenizer"], None if tokenizer is None else load_tokenizer(tokenizer)
+        is_file = asked not in NAMED_TOKENIZERS
+        if asked == "bpe" or (is_file and not Path(asked).exists()):  # what it learned, or read, is in the checkpoint
+            fits, name = isinstance(stored, SubwordTokenizer), asked
+        else:
+            own = self._own_tokenizer()
+            name = own.name if own else None
+            fits = (own.dump() if own else None) == (stored.dump() if stored else None)
+        refuse_other_tokenizer(fits, stored.name if stored else None, name)
+        self._continued = stored
 
     def stream(self) -> Tensor:
-        tokens, self._digest = byte_stream(self.hparams["path"])
+        tokenizer = self._continued or self._own_tokenizer()
+        asked, vocab_size = self.hparams["tokenizer"], self.hparams["vocab_size"]
+        if tokenizer is not None and tokenizer.vocab_size != vocab_size:
+            fewer = asked == "bpe" and tokenizer.vocab_size < vocab_size
+            has = "the text has merges for only" if fewer else "it has"
+            remedy = f"use --model.vocab_size {tokenizer.vocab_size}"
+            message = f"data.tokenizer={asked}: {has} {tokenizer.vocab_size} ids, vocab_size={vocab_size}: {remedy}"
+            check(fewer, message)
+            say(f"{message}, since the others are never seen")
+        self._tokenizer = tokenizer
+        tokens, self.facts = self._read(self._train)
+        if tokenizer is not None:
+            self.tokenizer, self.token_bytes = tokenizer.dump(), tokenizer.token_bytes()
+            if self.token_bytes is None and self.facts.num_bytes is not None:
+                self.token_bytes = torch.full((vocab_size,), self.facts.num_bytes / self.facts.num_tokens)
+        return tokens
+
+    def held_out_stream(self) -> Tensor | None:
+        if self._held_out is None:
+            return None
+        tokens, self.held_out_facts = self._read(self._held_out)
         return tokens
 
     def digest(self, stream: Tensor) -> bytes:
-        return self._digest
+        parts = [self.facts, *([self.held_out_facts] if self._held_out is not None else [])]
+        return b"".join(bytes.fromhex(facts.digest) for facts in parts)
+
+    def at_a_glance(self, num_parameters: int) -> Iterator[str]:
+        assert self.train_windows is not None
+        assert self.val_windows is not None
+        facts = self.facts
+        documents = "document" if facts.num_documents == 1 else "documents"
+        of_text = f"{facts.num_documents:,} {documents}, {facts.num_bytes:,} bytes, " if facts.num_documents else ""
+        each = f" ({facts.num_bytes / facts.num_tokens:.2f} bytes each)" if facts.num_bytes else ""
+        windows = f"{len(self.train_windows):,} windows to train on in an epoch, {len(self.val_windows):,} held out"
+        yield f"{self._train or INSIDE_PYTHON}: {of_text}{facts.num_tokens:,} tokens{each}, {windows}"
+        if facts.num_replaced:
+            yield f"{facts.num_replaced:,} places in it are not UTF-8: U+FFFD stands for each"
+        ratio = len(self.train_windows.stream) / num_parameters
+        if ratio < 1:
+            yield (
+                f"the text is small for the model: {ratio:.2f} training tokens per parameter; below 1 a model can "
+                "learn it by heart: watch val/loss, raise --model.dropout, or use a smaller model or more text"
+            )
+
+    def _own_tokenizer(self) -> Tokenizer | None:
+        asked = self.hparams["tokenizer"]
+        if asked == "bpe":
+            share = 1.0 if self._held_out is not None else 1.0 - self.hparams["val_fraction"]
+            return own_bpe(self._text(self._train), self.hparams["vocab_size"], share)
+        if asked == "bytes":
+            return ByteTokenizer() if self._is_text else None
+        return read_tokenizer(Path(asked))
+
+    def _text(self, path: Path | None) -> Text:
+        return Text(path, *(self.hparams[name] for name in ("glob", "text_field", "errors")))
+
+    def _read(self, path: Path | None) -> tuple[Tensor, Facts]:
+        if self._is_text:
+            assert self._tokenizer is not None
+            return token_stream(self._text(path), self._tokenizer)
+        assert path is not None
+        tokens, facts = saved_tokens(path)
+        vocab_size, largest = self.hparams["vocab_size"], facts.largest
+        assert largest is not None
+        check(
+            largest < vocab_size,
+            f"{path}: token {facts.largest_at} is {largest}, outside the vocabulary of vocab_size={vocab_size}: "
+            f"use --model.vocab_size {largest + 1} or more",
+        )
+        return tokens, facts
+
+
+def _is_tokens(path: Path | None) -> bool:
+    return path is not None and path.suffix == ".bin"

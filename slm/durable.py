@@ -6,7 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from slm.errors import NotWrittenError
+from slm.notices import say
 
 TEMPORARY = ".unfinished"
 """The suffix of a file that is being written; one that is found at the start of a run is what a kill left."""
@@ -23,17 +29,13 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, writer: str = "") -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """The same for a file that is written in the body, which an exception there leaves as it was.
-
-    Args:
-        path: the file.
-        writer: what tells several writers of one path apart.
 
     Raises:
         NotWrittenError: it cannot be written.
     """
-    temporary = path.with_name(path.name + writer + TEMPORARY)
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -50,6 +52,29 @@ def replacing(path: Path, writer: str = "") -> Iterator[BinaryIO]:
             f"{path} cannot be written: {error.strerror}; what was there is untouched: make room, or permit writing"
         ) from error
     _fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Let no other process into the body that would write in the same folder; it waits, and says so.
+
+    Raises:
+        NotWrittenError: the folder cannot be made or locked.
+    """
+    lock = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone when the process is, however it ends
+            except BlockingIOError:
+                say(f"another process writes in {folder}: waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        raise NotWrittenError(f"{lock} cannot be written: {error.strerror}; make room, or permit writing") from error
+    with file:
+        yield
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from slm.checkpoint import WEIGHTS_NAME, DurableCheckpointIO
-from slm.durable import sweep
+from slm.durable import replace_file, sweep
 from slm.errors import InputError, NotWrittenError, check
 from slm.notices import say
 from slm.resume import ExactResume, is_fitting
@@ -109,6 +109,13 @@ def hold(run: Path) -> IO[str]:
         except BlockingIOError as error:
             raise InputError(f"{run} is being trained by another process: stop that first") from error
     return file
+
+
+def begin(run: Path, config: str, tokenizer: str | None) -> None:
+    """Put into the folder of a new run its settings and, where it is a `tokenizer.json`, its tokenizer."""
+    replace_file(run / "config.yaml", config.encode())
+    if tokenizer not in (None, "bytes"):
+        replace_file(run / "tokenizer.json", tokenizer.encode())
 
 
 def take_over(run: Path, content: Mapping[str, Any]) -> None:

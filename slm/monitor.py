@@ -11,9 +11,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from torch import Tensor
+from torchmetrics import SumMetric
 
-from slm.data import TokenData
 from slm.module import LanguageModel
+from slm.token_data import TokenData
 
 SPEED = "train/tokens_per_second"
 SECONDS_BETWEEN_REFRESHES = 0.1
@@ -113,6 +114,29 @@ class StepMonitor(Callback):
 class KnownLimits(Callback):
     """Logs beside the validation loss what is known of the data: its optimum, and the loss in bits per byte."""
 
+    def __init__(self) -> None:
+        self._num_bytes = SumMetric()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._num_bytes = SumMetric().to(pl_module.device)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        token_bytes = trainer.datamodule.token_bytes  # type: ignore[attr-defined]
+        if token_bytes is not None:
+            self._num_bytes.update(token_bytes.to(pl_module.device)[batch[1]].sum())
+
+    on_test_batch_end = on_validation_batch_end
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log(trainer, pl_module, "val")
 
@@ -124,9 +148,9 @@ class KnownLimits(Callback):
         assert isinstance(module, LanguageModel)
         if data.optimum is not None:
             module.log(f"{split}/optimum", data.optimum, sync_dist=True)
-        if data.bytes_per_token is not None:
-            bits_per_token = module.mean_loss() / math.log(2)
-            module.log(f"{split}/bits_per_byte", bits_per_token / data.bytes_per_token, sync_dist=True)
+        if data.token_bytes is not None:
+            bits = module.loss_sum.compute() / math.log(2)
+            module.log(f"{split}/bits_per_byte", bits / self._num_bytes.compute(), sync_dist=True)
 
 
 def closing_report(

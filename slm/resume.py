@@ -12,9 +12,9 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from slm.data import TokenData
 from slm.errors import NotFiniteError
 from slm.random_states import put_random_states, take_random_states
+from slm.token_data import TokenData
 
 
 @dataclass(frozen=True)

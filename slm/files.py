@@ -1,0 +1,113 @@
+"""Files on disk: which of them make up a text, and in which order."""
+
+import functools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from slm.errors import InputError, check
+
+
+class Entry(NamedTuple):
+    """A file, or the folder of a Hugging Face data set, as it was found."""
+
+    path: str
+    size: int
+    """In bytes."""
+    changed: int
+    """When, in nanoseconds."""
+
+
+def find_splits(path: Path) -> tuple[Path, Path | None]:
+    """Where the texts for training and for validation are; the latter where a folder is of a kind that holds both.
+
+    Those are the folder of nanoGPT's `train.bin` and `val.bin`, and a saved Hugging Face `DatasetDict`.
+    """
+    if (path / "train.bin").is_file():
+        train, held_out = path / "train.bin", [path / "val.bin"]
+    elif (path / "dataset_dict.json").is_file():
+        train, held_out = path / "train", [path / "validation", path / "test"]
+    else:
+        return path, None
+    return train, next((place for place in held_out if place.exists()), None)
+
+
+def find_files(path: Path, glob: str = "**/*") -> list[Entry]:
+    """The file at `path`, or those in the folder there, in the order of their names (by code points, with `/`).
+
+    Links are followed, but no folder is entered twice; what begins with a dot is hidden, and passed over.
+
+    Args:
+        path: a file, a folder, or a saved Hugging Face data set.
+        glob: which files of a folder: `*` and `?` stand for characters of a name, `**/` for any folders.
+
+    Raises:
+        InputError: there is no such file or folder, none of its files matches, or it cannot be looked into.
+    """
+    check(path.exists(), f"data.path={path}: there is no such file or folder")
+    check(path.is_file() or path.is_dir(), f"data.path={path} is neither a file nor a folder")
+    if path.is_file() or _is_data_set(path):
+        return [look_at(path)]
+    found = dict(_walk(path))
+    check(bool(found), f"data.path={path}: the folder holds no files; give a text file or a folder of text files")
+    entries = [found[name] for name in sorted(found) if matches(name, glob)]
+    check(
+        bool(entries),
+        f"data.path={path}: none of its {len(found)} files matches data.glob={glob}; **/ before a name looks into "
+        f"folders, and {min(found)} is one of the files",
+    )
+    return entries
+
+
+def look_at(path: Path) -> Entry:
+    """A file, or all the files of a data set's folder, as it is now; raises InputError where it cannot be looked at."""
+    try:
+        statuses = [file.stat() for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    size, changed = sum(status.st_size for status in statuses), max(status.st_mtime_ns for status in statuses)
+    return Entry(str(path), size, changed)
+
+
+def _is_data_set(path: Path) -> bool:
+    return (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
+
+
+def _walk(top: Path) -> Iterator[tuple[str, Entry]]:
+    """The files below a folder, each with its name from there."""
+    folders, seen = [("", str(top))], set()
+    while folders:
+        prefix, folder = folders.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as listing:
+                visible = sorted((entry for entry in listing if not entry.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be read: {error.strerror}") from error
+        below = []
+        for entry in visible:
+            if entry.is_symlink() and not os.path.exists(entry.path):  # it leads nowhere, or to itself
+                continue
+            if entry.is_dir():
+                below.append((f"{prefix}{entry.name}/", entry.path))
+            elif entry.is_file():
+                status = entry.stat()
+                yield prefix + entry.name, Entry(entry.path, status.st_size, status.st_mtime_ns)
+        folders += reversed(below)
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether a name with `/` is one that a glob (see `find_files`) stands for."""
+    return _pattern(glob).fullmatch(name) is not None
+
+
+@functools.cache
+def _pattern(glob: str) -> re.Pattern[str]:
+    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", glob)
+    return re.compile("".join(meaning.get(part, re.escape(part)) for part in parts), re.DOTALL)

@@ -1,0 +1,215 @@
+"""Every kind of file gives its documents, whole and in their order, or one line that names the place of a fault."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slm import documents
+from slm.documents import read_documents
+from slm.errors import InputError
+from slm.files import look_at
+
+TEXTS = [
+    "naïve Ωμέγα",
+    "語 🙂 👩‍👩‍👧 עברית हिन्दी",
+    "CRLF\r\n and NUL \0 inside",
+    "line\u2028separator\n\n",
+    "\ufeffBOM \ufffd",
+]
+
+
+def read(path: Path, text_field: str = "text", errors: Any = "strict") -> list[str]:
+    """The documents of a file."""
+    found = [""]
+    for block in read_documents(look_at(path), text_field, errors):
+        found[-1] += block.text
+        if block.is_last:
+            found.append("")
+    assert found.pop() == ""
+    return found
+
+
+def num_replaced(path: Path) -> int:
+    return sum(block.num_replaced for block in read_documents(look_at(path), "text", "replace"))
+
+
+def write(path: Path, content: bytes) -> Path:
+    packed = gzip.compress(content) if path.suffix == ".gz" else content
+    path.write_bytes(packed)
+    return path
+
+
+def write_table(path: Path, **columns: list[Any]) -> Path:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "README"])
+def test_a_text_file_is_one_document_exactly_as_it_is(name: str, text: str, tmp_path: Path) -> None:
+    assert read(write(tmp_path / name, text.encode())) == [text]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "A.JSONL"])
+@pytest.mark.parametrize("is_ascii", [True, False])
+def test_each_line_of_jsonl_is_a_document(is_ascii: bool, name: str, tmp_path: Path) -> None:
+    lines = [json.dumps({"id": 1, "text": text}, ensure_ascii=is_ascii) for text in TEXTS]
+    path = write(tmp_path / name, ("\n\n".join(lines) + "\r\n").encode())
+    assert read(path) == TEXTS
+
+
+def test_the_field_of_jsonl_is_chosen(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"body": "b", "text": "t"}\n{"body": "c"}')
+    assert read(path, "body") == ["b", "c"]
+
+
+def test_each_row_of_parquet_is_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "ROWS", 2)
+    path = write_table(tmp_path / "a.parquet", text=TEXTS, id=list(range(len(TEXTS))))
+    assert read(path) == TEXTS
+
+
+def test_a_column_of_categories_is_text(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    path = write_table(tmp_path / "a.parquet", text=arrow.array(["b", "a", "b"]).dictionary_encode())
+    assert read(path) == ["b", "a", "b"]
+
+
+def test_each_row_of_a_saved_data_set_is_a_document(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"body": TEXTS[::-1]})
+    data.select(range(len(TEXTS) - 1, -1, -1)).save_to_disk(str(tmp_path / "saved"))
+    assert read(tmp_path / "saved", "body") == TEXTS
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 1000])
+def test_a_character_may_lie_across_blocks(block_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "BLOCK_SIZE", block_size)
+    text = "".join(TEXTS)
+    assert read(write(tmp_path / "a.txt", text.encode())) == [text]
+    for bad, offset in [(b"ok \xe8\xaa?", 3), (b"ok \xff", 3), ("語🙂".encode()[:-1], 3), ("🙂".encode() + b"\x80", 4)]:
+        path = write(tmp_path / "bad.txt", bad)
+        with pytest.raises(
+            InputError, match=rf"bad.txt is not UTF-8 text: byte 0x{bad[offset]:02x} at offset {offset};"
+        ):
+            read(path)
+
+
+@given(st.binary(max_size=30), st.integers(1, 7))
+def test_replacing_gives_what_python_gives_and_counts_it(
+    tmp_path_factory: Any, content: bytes, block_size: int
+) -> None:
+    path = write(tmp_path_factory.mktemp("text") / "a.txt", content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "BLOCK_SIZE", block_size)
+        text = content.decode(errors="replace")
+        assert read(path, errors="replace") == [text]
+        genuine = content.decode(errors="ignore").count("\ufffd")
+        assert num_replaced(path) == text.count("\ufffd") - genuine
+
+
+def test_replacing_counts_in_lines_and_rows_too(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    lines = b'{"text": "a\xff\xffb \xef\xbf\xbd"}\n{"text": "\\ud800 c"}\n'
+    path = write(tmp_path / "a.jsonl", lines)
+    assert read(path, errors="replace") == ["a\ufffd\ufffdb \ufffd", "\ufffd c"]
+    assert num_replaced(path) == 3
+    table = write_table(tmp_path / "a.parquet", text=arrow.array([b"x\xff"]).cast(arrow.string(), safe=False))
+    assert (read(table, errors="replace"), num_replaced(table)) == (["x\ufffd"], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.txt",
+            "caf\u00e9".encode("latin-1"),
+            r"a.txt is not UTF-8 text: byte 0xe9 at offset 3; .*--data.errors replace",
+        ),
+        ("a.txt.gz", b"ab\xff", r"a.txt.gz is not UTF-8 text: byte 0xff at offset 2 of what it unpacks to"),
+        ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", r"a.png is a binary file: byte 0x89 at offset 0"),
+        ("a.txt", "words".encode("utf-16"), r"a.txt is UTF-16 text"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": 1\n', r"a.jsonl line 3 is not JSON: "),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"body": "a", "id": 1}',
+            r"a.jsonl line 2 has no field text, it has body, id: name",
+        ),
+        ("a.jsonl", b'["a"]', r"a.jsonl line 1 is not an object with text in a field text"),
+        ("a.jsonl", b'{"text": null}', r"a.jsonl line 1: its field text is not text but null"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"a.jsonl line 2 is not UTF-8 text: byte 0xff at offset 24;"),
+        ("a.jsonl", b'{"text": "\\udc00"}', r"a.jsonl line 1 holds half a surrogate pair at character 0"),
+        ("a.parquet", b"PAR1 and no more", r"a.parquet is not a whole parquet file: "),
+    ],
+)
+def test_a_fault_is_refused_with_its_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(InputError, match=message) as error_info:
+        read(path)
+    assert "\n" not in str(error_info.value)
+
+
+@pytest.mark.parametrize("content", [b"not packed", gzip.compress(b"text" * 1000)[:-9], b""])
+def test_a_broken_gzip_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(content)
+    if not content:
+        assert read(path) == [""]  # as gunzip has it
+        return
+    with pytest.raises(InputError, match=r"a.txt.gz is not a whole gzip file"):
+        read(path)
+
+
+def test_a_damaged_gzip_file_is_refused(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(os.urandom(1000).hex().encode()))
+    content[200] ^= 0xFF
+    (tmp_path / "a.txt.gz").write_bytes(content)
+    with pytest.raises(InputError, match=r"a.txt.gz is not a whole gzip file"):
+        read(tmp_path / "a.txt.gz")
+
+
+def test_the_faults_of_a_table_are_refused(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", text=["a", None], id=[1, 2])
+    for text_field, message in [
+        ("body", r"a.parquet has no column body, it has text, id: name one with --data.text_field"),
+        ("id", r"a.parquet: its column id is not text but int64"),
+        ("text", r"a.parquet row 2: its text is null"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            read(path, text_field)
+
+
+def test_a_damaged_data_set_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match="is not a data set that can be loaded") as error_info:
+        read(tmp_path)
+    assert "\n" not in str(error_info.value)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "secret.txt", b"secret")
+    path.chmod(0)
+    with pytest.raises(InputError, match=r"secret.txt cannot be read: Permission denied"):
+        read(path)
+
+
+def test_a_file_that_fails_while_it_is_read_is_refused_with_the_reason() -> None:
+    with pytest.raises(InputError, match="/proc/self/mem cannot be read"):
+        read(Path("/proc/self/mem"))
+
+
+def test_a_package_that_is_not_there_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_table(tmp_path / "a.parquet", text=["a"])
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match=r'a.parquet needs the package pyarrow: pip install -e ".\[parquet\]"'):
+        read(path)

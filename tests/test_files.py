@@ -1,0 +1,117 @@
+"""Which files make up a text, and in which order, does not depend on the machine."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slm.errors import InputError
+from slm.files import find_files, find_splits, matches
+
+
+def make(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def names_in(folder: Path, glob: str = "**/*") -> list[str]:
+    return [Path(entry.path).relative_to(folder).as_posix() for entry in find_files(folder, glob)]
+
+
+def test_a_folder_is_searched_in_the_order_of_names_without_what_is_hidden(tmp_path: Path) -> None:
+    make(tmp_path, "b.txt", "a/z.txt", "a.txt", "B.txt", "é.txt", ".git/config", "a/.hidden")
+    assert names_in(tmp_path) == ["B.txt", "a.txt", "a/z.txt", "b.txt", "é.txt"]
+
+
+def test_each_entry_tells_size_and_time(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt")
+    os.utime(tmp_path / "a.txt", ns=(5, 12_345))
+    [entry] = find_files(tmp_path)
+    assert entry == find_files(tmp_path / "a.txt")[0] == (str(tmp_path / "a.txt"), 5, 12_345)
+
+
+@pytest.mark.parametrize(
+    ("glob", "found"),
+    [
+        ("*.txt", ["a.txt"]),
+        ("**/*.txt", ["a.txt", "sub/b.txt", "sub/deep/c.txt"]),
+        ("sub/*", ["sub/b.txt", "sub/d.md"]),
+        ("sub/**/*.txt", ["sub/b.txt", "sub/deep/c.txt"]),
+        ("**", ["a.txt", "sub/b.txt", "sub/d.md", "sub/deep/c.txt"]),
+        ("**/?.md", ["sub/d.md"]),
+    ],
+)
+def test_a_glob_chooses_files(glob: str, found: list[str], tmp_path: Path) -> None:
+    make(tmp_path, "a.txt", "sub/b.txt", "sub/deep/c.txt", "sub/d.md")
+    assert names_in(tmp_path, glob) == found
+
+
+@given(st.text(st.characters(exclude_characters="*?/", exclude_categories=["Cs"]), min_size=1))
+def test_any_name_is_matched_by_itself_by_a_star_and_in_any_folder(name: str) -> None:
+    assert matches(name, name)
+    assert matches(f"a/b/{name}", "**/*")
+    assert matches(f"a/{name}", "a/*")
+    assert not matches(f"a/{name}", "*")
+    assert not matches(f"{name}x", name)
+
+
+def test_a_glob_that_matches_nothing_is_refused_with_a_file_that_is_there(tmp_path: Path) -> None:
+    make(tmp_path, "sub/a.md")
+    with pytest.raises(
+        InputError, match=r"none of its 1 files matches data.glob=\*.md; .* sub/a.md is one of the files"
+    ):
+        find_files(tmp_path, "*.md")
+
+
+def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    make(tmp_path, "text/a.txt", "elsewhere/b.txt")
+    (tmp_path / "text/again").symlink_to(tmp_path / "text")
+    (tmp_path / "text/c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "text")
+    (tmp_path / "text/self").symlink_to(tmp_path / "text/self")
+    (tmp_path / "text/nothing").symlink_to(tmp_path / "not there")
+    assert names_in(tmp_path / "text") == ["a.txt", "c/b.txt"]
+
+
+def test_what_is_no_file_is_passed_over(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt")
+    os.mkfifo(tmp_path / "pipe")
+    assert names_in(tmp_path) == ["a.txt"]
+
+
+def test_a_missing_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing.txt: there is no such file or folder"):
+        find_files(tmp_path / "nothing.txt")
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the folder holds no files"):
+        find_files(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_cannot_be_looked_into_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt", "secret/b.txt")
+    (tmp_path / "secret").chmod(0)
+    with pytest.raises(InputError, match="secret cannot be read: Permission denied"):
+        find_files(tmp_path)
+
+
+def test_what_is_no_file_and_no_folder_is_refused() -> None:
+    with pytest.raises(InputError, match="/dev/null is neither a file nor a folder"):
+        find_files(Path("/dev/null"))
+
+
+def test_the_splits_of_folders_that_have_them(tmp_path: Path) -> None:
+    make(tmp_path, "nano/train.bin", "nano/val.bin", "alone/train.bin", "plain/a.txt")
+    make(tmp_path, "dict/dataset_dict.json", "dict/train/x", "dict/test/x", "dict/validation/x")
+    make(tmp_path, "tested/dataset_dict.json", "tested/train/x", "tested/test/x")
+    nano, alone, saved, tested = (tmp_path / name for name in ("nano", "alone", "dict", "tested"))
+    assert find_splits(nano) == (nano / "train.bin", nano / "val.bin")
+    assert find_splits(alone) == (alone / "train.bin", None)
+    assert find_splits(saved) == (saved / "train", saved / "validation")
+    assert find_splits(tested) == (tested / "train", tested / "test")
+    assert find_splits(tmp_path / "plain") == (tmp_path / "plain", None)
