@@ -1,21 +1,14 @@
 import multiprocessing
-import os
 from pathlib import Path
-from pydoc_data.topics import topics
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fit, run_command, small_data, small_model
+from conftest import run_command, small_data
 
-from slm.corpus import END_OF_TEXT, byte_stream
-from slm.data import DummyData, TextData
+from slm.data import DummyData
 from slm.errors import InputError
 from slm.loader import Windows
-
-
-def text_data(**changes: object) -> TextData:
-    return TextData(**{"vocab_size": 256, "max_seq_len": 8, **changes})  # type: ignore[arg-type]
 
 
 def test_windows_cover_the_stream_and_targets_are_the_tokens_one_later() -> None:
@@ -96,7 +89,7 @@ def test_the_workers_end_with_the_data() -> None:
 def test_a_worker_leaves_signals_to_the_training_process(tmp_path: Path) -> None:
     code = (
         "import os, signal\n"
-        "from slm.data import SECONDS_TO_STOP, _leave_signals_to_the_parent\n"
+        "from slm.token_data import SECONDS_TO_STOP, _leave_signals_to_the_parent\n"
         "_leave_signals_to_the_parent(0)\n"
         "for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):\n"
         "    os.kill(os.getpid(), signum)\n"
@@ -164,7 +157,7 @@ def test_dummy_data_knows_what_can_be_reached() -> None:
     assert data.unigram == data.source.unigram_entropy
     assert data.best_accuracy == data.source.best_accuracy(16)
     assert data.tokenizer is None
-    assert data.bytes_per_token is None
+    assert data.token_bytes is None
 
 
 @pytest.mark.parametrize(
@@ -196,88 +189,7 @@ def test_a_stream_too_short_for_two_windows_is_refused_and_one_just_long_enough_
     assert (len(data.train_windows), len(data.val_windows)) == (1, 1)
 
 
-def test_text_is_its_bytes_closed_by_an_id_that_utf8_never_contains(tmp_path: Path) -> None:
-    text = "naïve Ωμέγα 語 🙂\r\n\0 end"
-    file = tmp_path / "text.txt"
-    file.write_bytes(text.encode())
-    stream = bytes(byte_stream(str(file))[0].tolist())
-    assert stream == text.encode() + bytes([END_OF_TEXT])
-    assert bytes([END_OF_TEXT]) not in "".join(map(chr, range(0x800))).encode()
-
-
-def test_a_folder_is_read_recursively_in_the_order_of_names_without_hidden_files(tmp_path: Path) -> None:
-    for name, text in [("b.txt", "B"), ("a/z.txt", "AZ"), ("a.txt", "A"), (".git/config", "no"), ("a/.hidden", "no")]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert bytes(byte_stream(str(tmp_path))[0].tolist()) == b"A\xffAZ\xffB\xff"
-
-
-def test_without_a_path_the_text_is_pythons_own_documentation() -> None:
-    documents = bytes(byte_stream(None)[0].tolist()).split(b"\xff")
-    assert documents.pop() == b""
-    assert sorted(documents) == sorted(text.encode() for text in topics.values())
-    assert sum(map(len, documents)) > 300_000
-
-
-def test_text_data_is_bytes_with_one_byte_a_token_and_trains() -> None:
-    data = text_data()
-    assert (data.tokenizer, data.bytes_per_token, data.optimum) == ("bytes", 1.0, None)
-    trainer = fit(small_model(vocab_size=256, max_seq_len=8), data, max_steps=2, limit_val_batches=1)
-    assert trainer.global_step == 2
-
-
-def test_text_with_another_vocabulary_than_bytes_is_refused_with_both_numbers() -> None:
-    with pytest.raises(InputError, match=r"vocab_size=10000 .* 256 ids"):
-        TextData(10_000, 128)
-
-
-def refuse_text(path: Path, message: str) -> None:
-    with pytest.raises(InputError, match=message) as error_info:
-        text_data(path=str(path)).setup()
-    assert "\n" not in str(error_info.value)
-
-
-def test_a_missing_path_is_refused(tmp_path: Path) -> None:
-    refuse_text(tmp_path / "nothing.txt", "nothing.txt: there is no such file or folder")
-
-
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    refuse_text(tmp_path, "the folder holds no files")
-
-
-def test_an_empty_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").touch()
-    refuse_text(tmp_path / "empty.txt", "empty.txt holds no text at all")
-
-
-def test_a_short_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("too short")
-    refuse_text(tmp_path / "short.txt", "10 tokens are too few")
-
-
-def test_utf16_is_called_so(tmp_path: Path) -> None:
-    (tmp_path / "wide.txt").write_text("words", encoding="utf-16")
-    refuse_text(tmp_path / "wide.txt", "wide.txt is UTF-16 text")
-
-
-def test_text_that_is_not_utf8_is_refused_with_file_and_offset(tmp_path: Path) -> None:
-    (tmp_path / "good.txt").write_text("good")
-    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    refuse_text(tmp_path, r"latin.txt is not UTF-8 text: byte 0xe9 at offset 3")
-
-
-def test_a_binary_file_is_called_so(tmp_path: Path) -> None:
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
-    refuse_text(tmp_path / "picture.png", r"picture.png is a binary file: byte 0x89 at offset 0")
-
-
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "secret.txt"
-    file.write_text("secret")
-    file.chmod(0)
-    refuse_text(file, "secret.txt cannot be read: Permission denied")
-
-
-def test_a_file_that_fails_while_it_is_read_is_refused_with_the_reason() -> None:
-    refuse_text(Path("/proc/self/mem"), "/proc/self/mem cannot be read")
+def test_data_without_a_tokenizer_does_not_go_on_from_text() -> None:
+    small_data().continue_with(None)
+    with pytest.raises(InputError, match=r"was trained with tokenizer=bytes, the data has tokenizer=None"):
+        small_data().continue_with("bytes")

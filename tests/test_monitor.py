@@ -191,8 +191,10 @@ def test_the_hyper_parameters_of_a_finished_run_stand_with_its_final_loss(curves
 
 def test_bits_per_byte_are_known_where_the_bytes_of_a_token_are() -> None:
     data = small_data()
-    data.bytes_per_token = 4.0
-    metrics = fit(small_model(), data, callbacks=[KnownLimits()]).callback_metrics
-    expected = metrics["val/loss"] / torch.log(torch.tensor(2.0)) / 4.0
+    data.token_bytes = torch.arange(20.0)
+    metrics = fit(small_model(), data, callbacks=[KnownLimits()], limit_val_batches=2).callback_metrics
+    targets = torch.cat([targets for _, targets in data.val_dataloader()][:2])
+    bits = metrics["val/loss"] * targets.numel() / torch.log(torch.tensor(2.0))
+    expected = bits / targets.sum()
     assert metrics["val/bits_per_byte"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert "val/bits_per_byte" not in fit(small_model(), small_data(), callbacks=[KnownLimits()]).callback_metrics

@@ -1,0 +1,248 @@
+"""Text of any kind trains, is resumed and evaluated with the tokenizer it was trained with, or is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from conftest import fit, small_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slm.checkpoint import read_checkpoint
+from slm.data import TextData
+from slm.errors import InputError
+from slm.tokenizer import load_tokenizer, train_bpe
+
+Run = Callable[..., str]
+RUN = Path("runs/version_0")
+WORDS = "the cat sat on the mat and the dog ran after the cat to the mat. "
+SMALL = ["--model.embed_dim=16", "--model.hidden_dim=32", "--model.num_layers=1", "--model.max_seq_len=16"]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.max_epochs=1", "--data.batch_size=4"]
+BPE = ["--data=TextData", "--data.tokenizer=bpe", "--model.vocab_size=270", "--data.path=mine.txt", *SMALL, *QUIET]
+
+
+def text_data(**changes: Any) -> TextData:
+    return TextData(**{"vocab_size": 256, "max_seq_len": 8, **changes})
+
+
+def setup(**changes: Any) -> TextData:
+    data = text_data(**changes)
+    data.setup()
+    return data
+
+
+def saved(path: Path, ids: list[int]) -> Path:
+    numpy.array(ids, dtype=numpy.uint16).tofile(path)
+    return path
+
+
+def streams(data: TextData) -> tuple[list[int], list[int]]:
+    assert data.train_windows is not None
+    assert data.val_windows is not None
+    return data.train_windows.stream.long().tolist(), data.val_windows.stream.long().tolist()
+
+
+def test_text_is_bytes_and_trains() -> None:
+    data = setup()
+    assert (data.tokenizer, data.optimum) == ("bytes", None)
+    trainer = fit(small_model(vocab_size=256, max_seq_len=8), data, max_steps=2, limit_val_batches=1)
+    assert trainer.global_step == 2
+
+
+def test_text_with_another_vocabulary_than_bytes_is_refused_with_both_numbers() -> None:
+    with pytest.raises(InputError, match=r"vocab_size=10000 .* 256 ids"):
+        TextData(10_000, 128)
+
+
+@given(st.integers(40, 400), st.integers(1, 12), st.floats(0.01, 0.99))
+def test_every_token_but_the_first_is_a_target_once_or_left_over_before_the_held_out_part(
+    num_tokens: int, max_seq_len: int, val_fraction: float
+) -> None:
+    class Counted(TextData):
+        def stream(self) -> torch.Tensor:
+            return torch.arange(num_tokens)
+
+        def digest(self, stream: torch.Tensor) -> bytes:
+            return b""
+
+    data = Counted(256, max_seq_len, val_fraction=val_fraction)
+    data.setup()
+    assert data.train_windows is not None
+    assert data.val_windows is not None
+    trained = [int(t) for k in range(len(data.train_windows)) for t in data.train_windows[k][1]]
+    held_out = [int(t) for k in range(len(data.val_windows)) for t in data.val_windows[k][1]]
+    assert trained == list(range(1, 1 + len(trained)))
+    assert held_out == list(range(num_tokens - len(held_out), num_tokens))
+    assert 0 <= held_out[0] - trained[-1] - 1 < max_seq_len
+    assert abs(len(held_out) - val_fraction * num_tokens) <= 2 * max_seq_len
+
+
+def test_the_held_out_text_may_be_given(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("training text")
+    (tmp_path / "b.txt").write_text("held out text")
+    data = setup(path=str(tmp_path / "a.txt"), val_path=str(tmp_path / "b.txt"))
+    train, held_out = streams(data)
+    assert bytes(train) == b"training text\xff"
+    assert bytes(held_out) == b"held out text\xff"
+    other = setup(path=str(tmp_path / "a.txt"), val_path=str(tmp_path / "a.txt"))
+    assert data.fingerprint != other.fingerprint != setup(path=str(tmp_path / "a.txt"), max_seq_len=4).fingerprint
+
+
+def test_a_saved_dict_of_data_sets_brings_its_own_validation(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    splits = {"train": "text to train", "test": "text to test", "validation": "to validate"}
+    made = {name: datasets.Dataset.from_dict({"text": [text]}) for name, text in splits.items()}
+    datasets.DatasetDict(made).save_to_disk(str(tmp_path / "saved"))
+    train, held_out = streams(setup(path=str(tmp_path / "saved")))
+    assert (bytes(train), bytes(held_out)) == (b"text to train\xff", b"to validate\xff")
+
+
+def test_nanogpts_folder_is_used_as_it_is(tmp_path: Path) -> None:
+    saved(tmp_path / "train.bin", list(range(50, 90)))
+    saved(tmp_path / "val.bin", list(range(20)))
+    data = setup(path=str(tmp_path), vocab_size=90)
+    assert streams(data) == (list(range(50, 90)), list(range(20)))
+    assert (data.tokenizer, data.token_bytes) == (None, None)
+    [line] = data.at_a_glance(num_parameters=1)
+    assert line == f"{tmp_path}/train.bin: 40 tokens, 4 windows to train on in an epoch, 2 held out"
+    (tmp_path / "val.bin").unlink()
+    train, held_out = streams(setup(path=str(tmp_path), vocab_size=90))
+    assert [*train, *held_out[1:]] == list(range(50, 90))
+
+
+def test_saved_tokens_may_come_with_their_tokenizer(tmp_path: Path) -> None:
+    bpe = train_bpe(iter([WORDS]), 270)
+    (tmp_path / "tokenizer.json").write_text(bpe.dump())
+    path = saved(tmp_path / "mine.bin", list(range(50)))
+    data = setup(path=str(path), vocab_size=270, tokenizer=str(tmp_path / "tokenizer.json"))
+    assert data.tokenizer == bpe.dump()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"vocab_size": 89},
+            r"train.bin: token 39 is 89, outside the vocabulary of vocab_size=89: use",
+        ),
+        ({"vocab_size": 90, "tokenizer": "bpe"}, r"data.tokenizer=bpe cannot learn from .*, which holds tokens"),
+        ({"vocab_size": 90, "val_path": "README.md"}, r"val_path=README.md only one is a .bin of tokens"),
+        ({"vocab_size": 90, "max_seq_len": 20}, r"40 tokens are too few: .* max_seq_len=20 each, 41 tokens in all"),
+    ],
+)
+def test_saved_tokens_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    saved(tmp_path / "train.bin", list(range(50, 90)))
+    with pytest.raises(InputError, match=message):
+        setup(path=str(tmp_path), **changes)
+
+
+def test_a_held_out_text_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(WORDS)
+    (tmp_path / "b.txt").write_text("short")
+    with pytest.raises(InputError, match=r"6 tokens are too few for validation, which needs a window of max_seq_len=8"):
+        setup(path=str(tmp_path / "a.txt"), val_path=str(tmp_path / "b.txt"))
+
+
+def test_a_short_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(InputError, match="10 tokens are too few"):
+        setup(path=str(tmp_path / "short.txt"))
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(InputError, match=r"data.path=.*empty.txt holds no text at all"):
+        setup(path=str(tmp_path / "empty.txt"))
+
+
+def test_a_glance_tells_what_the_text_is(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "語" * 10}) for _ in range(4)))
+    lines = list(setup(path=str(tmp_path / "a.jsonl")).at_a_glance(num_parameters=100))
+    documents = "4 documents, 120 bytes, 124 tokens (0.97 bytes each)"
+    assert lines == [f"{tmp_path}/a.jsonl: {documents}, 13 windows to train on in an epoch, 2 held out"]
+
+
+def test_a_text_that_is_small_for_the_model_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 199)
+    assert len(list(setup(path=str(tmp_path / "a.txt")).at_a_glance(num_parameters=184))) == 1
+    [_, line] = setup(path=str(tmp_path / "a.txt")).at_a_glance(num_parameters=368)
+    assert line.startswith("the text is small for the model: 0.50 training tokens per parameter")
+
+
+def test_replaced_places_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"broken \xff text \xe9, but long enough")
+    with pytest.raises(InputError, match=r"a.txt is not UTF-8 text: byte 0xff at offset 7"):
+        setup(path=str(tmp_path / "a.txt"))
+    data = setup(path=str(tmp_path / "a.txt"), errors="replace")
+    assert list(data.at_a_glance(1))[1] == "2 places in it are not UTF-8: U+FFFD stands for each"
+
+
+def test_an_unknown_tokens_bytes_are_those_of_the_text_on_average(tmp_path: Path) -> None:
+    library = pytest.importorskip("tokenizers")
+    plain = library.Tokenizer.from_str(train_bpe(iter([WORDS]), 270).dump())
+    plain.normalizer = library.normalizers.NFC()
+    plain.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text(WORDS)
+    data = setup(path=str(tmp_path / "a.txt"), vocab_size=270, tokenizer=str(tmp_path / "tokenizer.json"))
+    assert data.token_bytes is not None
+    assert data.token_bytes[data.facts.num_tokens % 270].item() == pytest.approx(len(WORDS) / data.facts.num_tokens)
+
+
+def test_a_tokenizer_of_another_size_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(train_bpe(iter([WORDS]), 270).dump())
+    with pytest.raises(InputError, match=r"it has 270 ids, vocab_size=300: use --model.vocab_size 270"):
+        setup(vocab_size=300, tokenizer=str(tmp_path / "tokenizer.json"))
+
+
+def test_bpe_learns_from_the_text_is_kept_and_goes_with_every_checkpoint(slm: Run, workdir: Path) -> None:
+    (workdir / "mine.txt").write_text(WORDS * 30)
+    output = slm(*BPE)
+    assert "mine.txt: 1 document, 1,950 bytes, " in output
+    learned = train_bpe(iter([(WORDS * 30)[: int(0.9 * 1950)]]), 270)
+    for kept in (
+        (RUN / "tokenizer.json").read_text(),
+        *(
+            torch.load(RUN / name, weights_only=True)["tokenizer"]
+            for name in ("simple_language_model.pt", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
+        ),
+    ):
+        assert load_tokenizer(kept).dump() == learned.dump()
+    assert "bits/byte" in output
+
+    (workdir / "mine.txt").write_text("other words, that give other merges " * 50)
+    assert "trainer.max_epochs is now 2" in slm(
+        "--ckpt_path=last", "--trainer.max_epochs=2", "--allow_changed_data=true"
+    )
+    assert read_checkpoint(RUN / "checkpoints/last.ckpt")["tokenizer"] == learned.dump()
+    shutil.copy(RUN / "checkpoints/last.ckpt", workdir / "alone.ckpt")
+    assert "val/bits_per_byte" in slm("validate", "--ckpt_path=alone.ckpt")
+
+
+def test_a_tokenizer_file_may_be_gone_when_a_run_goes_on_and_another_is_refused(
+    slm: Run, refused: Run, workdir: Path
+) -> None:
+    (workdir / "mine.txt").write_text(WORDS * 30)
+    (workdir / "tokenizer.json").write_text(train_bpe(iter([WORDS]), 270).dump())
+    slm(*BPE, "--data.tokenizer=tokenizer.json")
+    (workdir / "tokenizer.json").write_text(train_bpe(iter(["another text"]), 260).dump())
+    message = refused("--ckpt_path=last", "--trainer.max_epochs=2")
+    assert "was trained with tokenizer=BPE of 270 ids, " in message
+    assert "the data has tokenizer=BPE of 26" in message
+    (workdir / "tokenizer.json").unlink()
+    slm("--ckpt_path=last", "--trainer.max_epochs=2")
+    message = refused("validate", "--ckpt_path=last", "--data.tokenizer=bytes")
+    assert "vocab_size=270 does not fit text as bytes" in message
+
+
+def test_fewer_merges_than_asked_for_is_told(slm: Run, workdir: Path) -> None:
+    (workdir / "mine.txt").write_text("ab cd " * 100)
+    output = slm(*BPE, "--trainer.fast_dev_run=true", "--model.max_seq_len=2")
+    sizes = [int(word) for word in output.partition("has merges for only ")[2].split()[:1]]
+    assert len(sizes) == 1
+    assert 257 < sizes[0] < 270
+    assert f"use --model.vocab_size {sizes[0]}" in output
