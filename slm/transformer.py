@@ -23,6 +23,33 @@ out against torch's fused kernel: bf16 10 and 26 at 128, 14 and 23 at 256, 82 an
 """
 
 
+class Dropout(nn.Module):
+    """`drop` while training, nothing in eval mode."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop(x, self.p if self.training else 0.0)
+
+
+def drop(x: Tensor, p: float) -> Tensor:
+    """Each value 0 with probability p, else divided by 1 - p (Srivastava et al., 2014).
+
+    On a CPU from 16 random bits a value, p rounded to them: three times as fast as torch's dropout, which spends most
+    of its time on random numbers, and half of a training step.
+    """
+    if p == 0.0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    dropped = min(round(p * 2**16), 2**16 - 1)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+    return x * (kept.to(x.dtype) * (2**16 / (2**16 - dropped)))
+
+
 class CausalSelfAttention(nn.Module):
     """Each position attends to itself and to those before it (Vaswani et al., 2017)."""
 
@@ -32,7 +59,7 @@ class CausalSelfAttention(nn.Module):
         self.attention_dropout = dropout
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.out = nn.Linear(embed_dim, embed_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -51,7 +78,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
     future = torch.full((seq_len, seq_len), -math.inf, dtype=scores.dtype).triu(1)
     weights = (scores + future).softmax(-1)
-    return (F.dropout(weights, dropout) if dropout else weights) @ v
+    return drop(weights, dropout) @ v
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -72,7 +99,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(embed_dim, hidden_dim)
         self.down = nn.Linear(hidden_dim, embed_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.down(gelu(self.up(x))))
@@ -131,7 +158,7 @@ class Transformer(nn.Module):
         self.max_seq_len = max_seq_len
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.position_embedding = nn.Embedding(max_seq_len, embed_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, hidden_dim, dropout) for _ in range(num_layers))
         self.final_norm = nn.LayerNorm(embed_dim)
         self.reset_parameters()
