@@ -8,7 +8,7 @@ from torch import nn
 
 from slm import transformer
 from slm.errors import InputError
-from slm.transformer import Block, CausalSelfAttention, FeedForward, Transformer
+from slm.transformer import Block, CausalSelfAttention, FeedForward, Transformer, drop
 
 SIZES = {
     "vocab_size": 50,
@@ -122,6 +122,28 @@ def test_dropout_acts_in_training_alone() -> None:
     assert not torch.equal(transformer(tokens), transformer(tokens))
     transformer.eval()
     assert torch.equal(transformer(tokens), transformer(tokens))
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_value_is_dropped_with_its_probability_and_the_mean_stays(p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(1001, 999, dtype=dtype, requires_grad=True)
+    y = drop(x, p)
+    kept = y != 0
+    assert kept.float().mean().item() == pytest.approx(1 - p, abs=4 * math.sqrt(p * (1 - p) / 1e6))
+    assert torch.allclose(y[kept].float(), torch.tensor(1 / (1 - p)), rtol=1e-2 if dtype == torch.bfloat16 else 1e-3)
+    assert kept.float().mean(0).std() == pytest.approx(math.sqrt(p * (1 - p) / 1001), rel=0.15)  # of each on its own
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())  # type: ignore[arg-type]
+
+
+def test_what_is_dropped_follows_the_seed_and_nothing_is_at_0() -> None:
+    x = torch.randn(7, 13)
+    draws = [torch.random.manual_seed(seed) and drop(x, 0.5) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert drop(x, 0.0) is x
 
 
 @pytest.mark.parametrize("changes", [{name: 0} for name in SIZES if name != "dropout"] + [{"vocab_size": -3}])
