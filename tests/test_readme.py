@@ -11,6 +11,7 @@ from conftest import ROOT, run_command
 
 import slm as package
 from slm.cli import main
+from slm.generate import main as write_text
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()]
@@ -21,7 +22,15 @@ STRESS = "python -m tests.stress"
 BENCHMARK = "python -m slm.benchmark"
 SWEEPS = [line for line in OTHER if line.startswith(f"{BENCHMARK} --sweep ")]
 SHORTER = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
-SMALLER = ["--model.embed_dim=16", "--model.hidden_dim=32", "--model.num_layers=1", "--model.max_seq_len=32"]
+SMALLER = [
+    "--model.embed_dim=16",
+    "--model.num_heads=4",
+    "--model.hidden_dim=32",
+    "--model.num_layers=1",
+    "--model.max_seq_len=32",
+]
+GENERATE = 'python -m slm.generate --ckpt_path best --prompt "The "'
+RECIPES = ("small_text", "text_2min", "text_10min", "text_60min")
 
 
 def test_each_command_is_of_a_kind_that_is_run() -> None:
@@ -29,7 +38,7 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
     assert len(TRAIN) >= 8
     assert OTHER[0] == "source .venv/bin/activate"
     assert OTHER[1] == "tensorboard --logdir runs"
-    assert OTHER[2:-1] == [STRESS, BENCHMARK, *SWEEPS]
+    assert OTHER[2:-1] == [STRESS, GENERATE, BENCHMARK, *SWEEPS]
     assert OTHER[-1].startswith("python -c ")
 
 
@@ -41,10 +50,17 @@ def test_the_ci_runs_the_very_set_up_lines() -> None:
 
 def test_the_commands_run_one_after_another(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(ROOT / "README.md", workdir)
-    (workdir / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "slm"):
+        (workdir / name).symlink_to(ROOT / name)
     first = SETUP[0].partition("train.py ")[2]
     main([*shlex.split(first), *SHORTER, *SMALLER])
-    for line in TRAIN:
+    for line in COMMANDS:
+        if line == GENERATE:
+            capsys.readouterr()
+            write_text(shlex.split(line)[3:])
+            assert capsys.readouterr().out.startswith("The ")
+        if line not in TRAIN:
+            continue
         argv = shlex.split(line, comments=True)[2:]
         if "needs a GPU" in line:
             with pytest.raises(SystemExit):
@@ -52,16 +68,10 @@ def test_the_commands_run_one_after_another(workdir: Path, capsys: pytest.Captur
             continue
         evaluates = argv[0] in ("validate", "test", "predict")
         resumes = "--ckpt_path" in argv
-        is_long = "configs/small_text.yaml" in argv
+        is_long = any(f"configs/{name}.yaml" in argv for name in RECIPES)
         shorter = [*SHORTER, *(["--trainer.max_steps=2"] if is_long else [])]
         main([*argv, *([] if evaluates else shorter), *([] if resumes else SMALLER)])
-    assert sorted(path.name for path in Path("runs").iterdir()) == [
-        "version_0",
-        "version_1",
-        "version_2",
-        "version_3",
-        "version_4",
-    ]
+    assert {path.name for path in Path("runs").iterdir()} == {f"version_{number}" for number in range(10)}
     tensorboard = shlex.split(OTHER[1])
     result = run_command("-m", "tensorboard.main", *tensorboard[1:], "--inspect", cwd=workdir)
     assert "train/loss" in result.stdout or "val/loss" in result.stdout, result.stderr
