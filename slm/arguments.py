@@ -198,11 +198,14 @@ def say_what_changed(before: Mapping[str, Any], now: Mapping[str, Any], request:
     )
     is_meant = bool(now.get("allow_changed_data"))
     goes_on = request.run is not None and request.checkpoint is not None
-    harmless = ("batch_size", "num_workers", *(["path"] if goes_on else []))  # a text is told by its fingerprint
+    of_text = ("path", "val_path", "glob", "text_field", "errors")  # which is told by its fingerprint
+    harmless = ("batch_size", "num_workers", *(of_text if goes_on else []))
     for name in sorted(now.keys() - {"config", "allow_changed_data"}):
         value, stored = now[name], before.get(name)
         if value == stored or (request.run is None and not name.startswith(("model.", "data."))):
             continue
+        if name == "data.init_args.tokenizer" and Path(str(value)).is_absolute():
+            check(Path(value).is_file(), f"data.tokenizer={value}: there is no such file")
         if name.startswith("data.") and name.rpartition(".")[2] not in harmless:
             check(
                 is_meant or not goes_on,

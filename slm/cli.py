@@ -99,7 +99,7 @@ class CommandLine(LightningCLI):
             raise InputError(explain_parser_error(str(error), known)) from error
         init_args = config[config.subcommand].data.init_args
         for name in ("path", "val_path", "tokenizer"):  # absolute, since the run may go on from another folder
-            if init_args.get(name) and init_args[name] not in NAMED_TOKENIZERS:
+            if init_args.get(name) and (name != "tokenizer" or init_args[name] not in NAMED_TOKENIZERS):
                 init_args[name] = str(Path(init_args[name]).expanduser().absolute())
         return config
 
@@ -148,10 +148,10 @@ class CommandLine(LightningCLI):
         config, content = self._config_text(), self.request.content or {}
         if self.run is not None and _is_rank_zero():
             self.lock = hold(self.run)
-            if self.is_new_run:
-                begin(self.run, config, self.datamodule.tokenizer)
-            else:
+            if not self.is_new_run:
                 take_over(self.run, content)
+            if not content:
+                begin(self.run, config, self.datamodule.tokenizer)
         first_step = None if self.is_new_run else content.get("global_step", 0)
         arguments = trainer_arguments(asked, str(self.subcommand), precision, self.run, config, first_step)
         try:

@@ -1,81 +1,34 @@
 """Text, on disk or inside Python, as one memory-mapped stream of tokens, prepared once."""
 
+import itertools
 import math
 import os
-import sys
+import time
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from pydoc_data.topics import topics
+from typing import TypeVar
 
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
-from slm.documents import Block, Errors, read_documents
+from slm.documents import Block
 from slm.durable import alone_in, replace_file, replacing, sweep
-from slm.errors import check
-from slm.files import Entry, find_files, look_at
+from slm.errors import InputError, check
+from slm.files import Entry, find_files
 from slm.notices import say
-from slm.prepared import Facts, is_newer, known_facts, map_tokens, new_digest, place_of
+from slm.prepared import Facts, cache_folder, has_seen, known_facts, map_tokens, new_digest, place_of
+from slm.text import Text, check_unchanged
 from slm.tokenizer import PIECE_SIZE, SubwordTokenizer, Tokenizer, cut, read_tokenizer, train_bpe
 
-INSIDE_PYTHON = "the documentation inside Python"
+Found = TypeVar("Found")
 BATCH_SIZE = 2**22
 """Characters, or tokens, that are in memory at once."""
 TRAINING_SIZE = 16 * 10**6
-"""Bytes of text, spread evenly over it, that the merges of BPE are learned from: all of a smaller text.
+"""Characters of text, spread evenly over it, that the merges of BPE are learned from: all of a smaller text.
 
 Learning takes up to 60 times as many bytes of memory, where no word comes twice.
 """
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text as it is asked for.
-
-    Attributes:
-        path: a file, a folder or a saved data set; None is the English documentation inside every Python.
-        glob: which files of a folder (`slm.files`).
-        text_field: the field of `.jsonl`, or column of a table, that holds the text.
-        errors: what is done about bytes that are not UTF-8.
-    """
-
-    path: Path | None
-    glob: str = "**/*"
-    text_field: str = "text"
-    errors: Errors = "strict"
-
-    def entries(self) -> list[Entry]:
-        """The files it is in."""
-        if self.path is not None:
-            return find_files(self.path, self.glob)
-        content = "".join(text for _, text in sorted(topics.items())).encode()
-        return [Entry(f"{INSIDE_PYTHON} {new_digest(content).hexdigest()}", len(content), 0)]
-
-    def blocks(self, entries: list[Entry], title: str, limit: float = math.inf) -> Iterator[Block]:
-        """The documents in these files, up to that many bytes of them; `position` counts over all. Shows a bar."""
-        done, total = 0, sum(entry.size for entry in entries)
-        inside = self.path is None
-        interval = 0.2 if sys.stderr.isatty() else 30
-        shown = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "mininterval": interval}
-        with Tqdm(desc=title, total=total, file=sys.stderr, **shown) as bar:
-            for entry in entries:
-                for block in _topics() if inside else read_documents(entry, self.text_field, self.errors):
-                    position = done + block.position
-                    if position > limit:
-                        share = max(0.0, (limit - bar.n) / (position - bar.n))
-                        yield Block(block.text[: int(share * len(block.text))], True, int(limit))
-                        return
-                    bar.update(position - bar.n)
-                    yield block._replace(position=position)
-                if not inside:
-                    _check_unchanged(entry)
-                done += entry.size
-
-    def __str__(self) -> str:
-        return INSIDE_PYTHON if self.path is None else f"data.path={self.path}"
 
 
 def token_stream(text: Text, tokenizer: Tokenizer) -> tuple[Tensor, Facts]:
@@ -90,11 +43,7 @@ def token_stream(text: Text, tokenizer: Tokenizer) -> tuple[Tensor, Facts]:
     """
     entries = text.entries()
     prepared = place_of(".tokens", entries, text.text_field, text.errors, tokenizer.dump())
-    facts = known_facts(prepared, entries)
-    if facts is None:
-        with alone_in(prepared.parent):
-            sweep(prepared.parent)
-            facts = known_facts(prepared, entries) or _prepare(text, entries, tokenizer, prepared)
+    facts = _once(lambda: known_facts(prepared, entries), lambda: _prepare(text, entries, tokenizer, prepared))
     return map_tokens(prepared, facts), facts
 
 
@@ -105,40 +54,63 @@ def saved_tokens(path: Path) -> tuple[Tensor, Facts]:
         InputError: no such file, an empty one, or one that is no whole number of tokens.
         NotWrittenError: what is known of it cannot be kept.
     """
+    check(not path.is_dir(), f"{path} is a folder: a .bin of tokens is a file")
     [entry] = entries = find_files(path)
     check(entry.size > 0, f"{path} is empty: it must hold two bytes for each token")
     check(entry.size % 2 == 0, f"{path} has {entry.size} bytes, an odd number: tokens of two bytes were cut short")
     known = place_of(".facts", entries)
-    facts = known_facts(known, entries, has_tokens=False)
-    if facts is None:
-        with alone_in(known.parent):
-            sweep(known.parent)
-            facts = _look_through(entry, known)
+    facts = _once(lambda: known_facts(known, entries, has_tokens=False), lambda: _look_through(entry, known))
     return map_tokens(path, facts), facts
 
 
 def own_bpe(text: Text, vocab_size: int, share: float = 1.0) -> SubwordTokenizer:
-    """Byte-level BPE whose merges are learned from the first `share` of a text, once.
+    """Byte-level BPE whose merges are learned from the first `share` of a text, counted in characters, once.
 
     Raises:
         InputError: see `token_stream` and `train_bpe`.
         NotWrittenError: the tokenizer cannot be kept.
     """
     entries = text.entries()
-    kept = place_of(".json", entries, text.text_field, text.errors, vocab_size, share)
-    if not (kept.is_file() and is_newer(kept.stat().st_mtime_ns, entries)):
-        with alone_in(kept.parent):
-            sweep(kept.parent)
-            size = sum(entry.size for entry in entries)
-            blocks = text.blocks(entries, f"learning {vocab_size} ids", size * share)
-            stride = math.ceil(size / TRAINING_SIZE)
-            sample = (piece for number, (piece, _) in enumerate(_pieces(blocks)) if number % stride == 0)
-            replace_file(kept, train_bpe(sample, vocab_size).dump().encode())
-    return read_tokenizer(kept)
+    kept = place_of(".json", entries, text.text_field, text.errors, vocab_size, share, TRAINING_SIZE)
+    return _once(lambda: _kept_bpe(kept, entries), lambda: _learn_bpe(text, entries, vocab_size, share, kept))
+
+
+def _once(find: Callable[[], Found | None], make: Callable[[], Found]) -> Found:
+    """What is in the cache, else what is put there, by one process at a time."""
+    found = find()
+    if found is None:
+        with alone_in(cache_folder()):
+            sweep(cache_folder())
+            found = find()  # another process may have made it meanwhile
+            if found is None:
+                found = make()
+    return found
+
+
+def _kept_bpe(kept: Path, entries: list[Entry]) -> SubwordTokenizer | None:
+    if not (kept.is_file() and has_seen(kept.stat().st_mtime_ns, entries)):
+        return None
+    try:
+        return read_tokenizer(kept)
+    except InputError:
+        say(f"{kept} is damaged: it is made again")
+        return None
+
+
+def _learn_bpe(text: Text, entries: list[Entry], vocab_size: int, share: float, kept: Path) -> SubwordTokenizer:
+    begun = time.time_ns()
+    size = sum(len(block.text) for block in text.blocks(entries, "measuring"))
+    pieces = _first(_pieces(text.blocks(entries, f"learning {vocab_size} ids")), int(share * size))
+    sample = itertools.islice(pieces, 0, None, max(1, math.ceil(share * size / TRAINING_SIZE)))
+    tokenizer = train_bpe(sample, vocab_size)
+    replace_file(kept, tokenizer.dump().encode())
+    os.utime(kept, ns=(begun, begun))
+    return tokenizer
 
 
 def _prepare(text: Text, entries: list[Entry], tokenizer: Tokenizer, prepared: Path) -> Facts:
     digest, num_tokens, num_documents, num_bytes, num_replaced = new_digest(), 0, 0, 0, 0
+    is_exact = True
 
     def counted(blocks: Iterable[Block]) -> Iterator[Block]:
         nonlocal num_replaced
@@ -149,18 +121,36 @@ def _prepare(text: Text, entries: list[Entry], tokenizer: Tokenizer, prepared: P
     with replacing(prepared) as out:
         begun = os.fstat(out.fileno()).st_mtime_ns
         for pieces in _batches(_pieces(counted(text.blocks(entries, "preparing")))):
-            if num_tokens == 0:
-                _say_if_inexact(tokenizer, pieces[0][0])
             ids = tokenizer.encode(pieces)
             digest.update(ids)
             out.write(ids)
             num_tokens += len(ids) // array(tokenizer.typecode).itemsize
             num_documents += sum(is_last for _, is_last in pieces)
             num_bytes += sum(len(piece.encode()) for piece, _ in pieces)
+            is_exact = is_exact and (tokenizer.is_exact or _is_given_back(tokenizer, pieces, ids))
         check(num_bytes > 0, f"{text} holds no text at all")
-        facts = Facts(num_tokens, tokenizer.typecode, digest.hexdigest(), begun, num_documents, num_bytes, num_replaced)
+        facts = Facts(
+            num_tokens, tokenizer.typecode, digest.hexdigest(), begun, num_documents, num_bytes, num_replaced, is_exact
+        )
         out.write(facts.footer())
     return facts
+
+
+def _is_given_back(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]], ids: bytes) -> bool:
+    """Whether the tokens of each document, as far as it is here, are its text again."""
+    documents: list[list[int]] = [[]]
+    for token in array(tokenizer.typecode, ids):
+        if token == tokenizer.end_of_text:
+            documents.append([])
+        else:
+            documents[-1].append(token)
+    texts = [""]
+    for piece, is_last in pieces:
+        texts[-1] += piece
+        if is_last:
+            texts.append("")
+    back = [tokenizer.decode(document) for document in documents]
+    return (back[0].lstrip(" "), back[1:]) == (texts[0].lstrip(" "), texts[1:])  # the first may begin in its middle
 
 
 def _look_through(entry: Entry, known: Path) -> Facts:
@@ -174,22 +164,10 @@ def _look_through(entry: Entry, known: Path) -> Facts:
             value, index = chunk.int().max(0)
             if value > largest:
                 largest, largest_at = int(value), start + int(index)
-        _check_unchanged(entry)
+        check_unchanged(entry)
         facts = Facts(len(stream), "H", digest.hexdigest(), begun, largest=largest, largest_at=largest_at)
         out.write(facts.footer())
     return facts
-
-
-def _check_unchanged(entry: Entry) -> None:
-    same = look_at(Path(entry.path)) == entry
-    check(same, f"{entry.path} changed while it was read: start again when nothing writes to it")
-
-
-def _topics() -> Iterator[Block]:
-    position = 0
-    for _, text in sorted(topics.items()):
-        position += len(text.encode())
-        yield Block(text, True, position)
 
 
 def _pieces(blocks: Iterable[Block]) -> Iterator[tuple[str, bool]]:
@@ -210,6 +188,15 @@ def _pieces(blocks: Iterable[Block]) -> Iterator[tuple[str, bool]]:
             pending, is_begun = "", False
 
 
+def _first(pieces: Iterable[tuple[str, bool]], size: int) -> Iterator[str]:
+    """The first `size` characters."""
+    for piece, _ in pieces:
+        if size <= 0:
+            return
+        yield piece[:size]
+        size -= len(piece)
+
+
 def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
     batch, size = [], 0
     for piece in pieces:
@@ -220,9 +207,3 @@ def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _say_if_inexact(tokenizer: Tokenizer, piece: str) -> None:
-    ids = array(tokenizer.typecode, tokenizer.encode([(piece, False)]))
-    if tokenizer.decode(ids) != piece:
-        say(f"{tokenizer.name} does not give the text back as it was; bits per byte count the text as it is read")

@@ -7,13 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from slm.corpus import INSIDE_PYTHON, Text, own_bpe, saved_tokens, token_stream
+from slm.corpus import own_bpe, saved_tokens, token_stream
 from slm.documents import Errors
 from slm.errors import check
 from slm.files import find_splits
 from slm.notices import say
 from slm.prepared import Facts
 from slm.source import MarkovSource, UniformSource
+from slm.text import INSIDE_PYTHON, Text
 from slm.token_data import TokenData, refuse_other_tokenizer
 from slm.tokenizer import NUM_BYTES, ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer, read_tokenizer
 
@@ -128,19 +129,17 @@ class TextData(TokenData):
         tokens, self.facts = self._read(self._train)
         if tokenizer is not None:
             self.tokenizer, self.token_bytes = tokenizer.dump(), tokenizer.token_bytes()
-            if self.token_bytes is None and self.facts.num_bytes is not None:
-                self.token_bytes = torch.full((vocab_size,), self.facts.num_bytes / self.facts.num_tokens)
         return tokens
 
     def held_out_stream(self) -> Tensor | None:
-        if self._held_out is None:
-            return None
-        tokens, self.held_out_facts = self._read(self._held_out)
+        tokens, self.held_out_facts = (None, self.facts) if self._held_out is None else self._read(self._held_out)
+        num_bytes = self.held_out_facts.num_bytes
+        if self._tokenizer is not None and self.token_bytes is None and num_bytes is not None:
+            self.token_bytes = torch.full((self.hparams["vocab_size"],), num_bytes / self.held_out_facts.num_tokens)
         return tokens
 
     def digest(self, stream: Tensor) -> bytes:
-        parts = [self.facts, *([self.held_out_facts] if self._held_out is not None else [])]
-        return b"".join(bytes.fromhex(facts.digest) for facts in parts)
+        return b"".join(bytes.fromhex(facts.digest) for facts in self._all_facts())
 
     def at_a_glance(self, num_parameters: int) -> Iterator[str]:
         assert self.train_windows is not None
@@ -151,8 +150,10 @@ class TextData(TokenData):
         each = f" ({facts.num_bytes / facts.num_tokens:.2f} bytes each)" if facts.num_bytes else ""
         windows = f"{len(self.train_windows):,} windows to train on in an epoch, {len(self.val_windows):,} held out"
         yield f"{self._train or INSIDE_PYTHON}: {of_text}{facts.num_tokens:,} tokens{each}, {windows}"
-        if facts.num_replaced:
-            yield f"{facts.num_replaced:,} places in it are not UTF-8: U+FFFD stands for each"
+        if num_replaced := sum(part.num_replaced for part in self._all_facts()):
+            yield f"{num_replaced:,} places in it are not UTF-8: U+FFFD stands for each"
+        if not all(part.is_exact for part in self._all_facts()):
+            yield "its tokens do not give all of it back as it was; bits per byte count its bytes on average"
         ratio = len(self.train_windows.stream) / num_parameters
         if ratio < 1:
             yield (
@@ -169,8 +170,13 @@ class TextData(TokenData):
             return ByteTokenizer() if self._is_text else None
         return read_tokenizer(Path(asked))
 
+    def _all_facts(self) -> list[Facts]:
+        return [self.facts] if self._held_out is None else [self.facts, self.held_out_facts]
+
     def _text(self, path: Path | None) -> Text:
-        return Text(path, *(self.hparams[name] for name in ("glob", "text_field", "errors")))
+        setting = "data.val_path" if path is not None and path == self._held_out else "data.path"
+        chosen = {name: self.hparams[name] for name in ("glob", "text_field", "errors")}
+        return Text(path, **chosen, setting=setting)
 
     def _read(self, path: Path | None) -> tuple[Tensor, Facts]:
         if self._is_text:
@@ -189,4 +195,4 @@ class TextData(TokenData):
 
 
 def _is_tokens(path: Path | None) -> bool:
-    return path is not None and path.suffix == ".bin"
+    return path is not None and path.suffix.lower() == ".bin"

@@ -48,6 +48,8 @@ def read_documents(entry: Entry, text_field: str, errors: Errors) -> Iterator[Bl
     """
     path = Path(entry.path)
     name = path.name.lower()
+    remedy = "give it alone, or leave it out with --data.glob"
+    check(not name.endswith(".bin"), f"{path} holds tokens by its name, not text: {remedy}")
     try:
         if path.is_dir():
             yield from _data_set(entry, text_field, errors)
@@ -101,14 +103,15 @@ def _json_lines(
             decoded, num_replaced = _decoded(line, place, errors, offset)
             try:
                 fields = json.loads(decoded)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{place} is not JSON: {error}; every line must be an object with text") from error
             known = sorted(fields) if isinstance(fields, dict) else []
             check(bool(known), f"{place} is not an object with text in a field {text_field}")
             remedy = f"it has {', '.join(known)}: name one with --data.text_field"
             check(text_field in known, f"{place} has no field {text_field}, {remedy}")
             text = fields[text_field]
-            check(isinstance(text, str), f"{place}: its field {text_field} is not text but {json.dumps(text)[:40]}")
+            if not isinstance(text, str):
+                raise InputError(f"{place}: its field {text_field} is not text but {json.dumps(text)[:40]}")
             whole, halves = _whole_characters(text, place, errors)
             yield Block(whole, True, raw.tell(), num_replaced + halves)
         offset += len(line)

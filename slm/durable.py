@@ -72,7 +72,8 @@ def alone_in(folder: Path) -> Iterator[None]:
                 say(f"another process writes in {folder}: waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
-        raise NotWrittenError(f"{lock} cannot be written: {error.strerror}; make room, or permit writing") from error
+        remedy = "make room or permit writing and locking there, or set XDG_CACHE_HOME to another folder"
+        raise NotWrittenError(f"{lock} cannot be written: {error.strerror}; {remedy}") from error
     with file:
         yield
 

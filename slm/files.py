@@ -1,5 +1,7 @@
 """Files on disk: which of them make up a text, and in which order."""
 
+import contextlib
+import errno
 import functools
 import os
 import re
@@ -20,21 +22,31 @@ class Entry(NamedTuple):
     """When, in nanoseconds."""
 
 
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Turn what the system says into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+
+
 def find_splits(path: Path) -> tuple[Path, Path | None]:
     """Where the texts for training and for validation are; the latter where a folder is of a kind that holds both.
 
     Those are the folder of nanoGPT's `train.bin` and `val.bin`, and a saved Hugging Face `DatasetDict`.
     """
-    if (path / "train.bin").is_file():
-        train, held_out = path / "train.bin", [path / "val.bin"]
-    elif (path / "dataset_dict.json").is_file():
-        train, held_out = path / "train", [path / "validation", path / "test"]
-    else:
-        return path, None
-    return train, next((place for place in held_out if place.exists()), None)
+    with _one_line(path):
+        if (path / "train.bin").is_file():
+            train, held_out = path / "train.bin", [path / "val.bin"]
+        elif (path / "dataset_dict.json").is_file():
+            train, held_out = path / "train", [path / "validation", path / "test"]
+        else:
+            return path, None
+        return train, next((place for place in held_out if place.exists()), None)
 
 
-def find_files(path: Path, glob: str = "**/*") -> list[Entry]:
+def find_files(path: Path, glob: str = "**/*", setting: str = "data.path") -> list[Entry]:
     """The file at `path`, or those in the folder there, in the order of their names (by code points, with `/`).
 
     Links are followed, but no folder is entered twice; what begins with a dot is hidden, and passed over.
@@ -42,33 +54,34 @@ def find_files(path: Path, glob: str = "**/*") -> list[Entry]:
     Args:
         path: a file, a folder, or a saved Hugging Face data set.
         glob: which files of a folder: `*` and `?` stand for characters of a name, `**/` for any folders.
+        setting: what gave the path, for messages.
 
     Raises:
         InputError: there is no such file or folder, none of its files matches, or it cannot be looked into.
     """
-    check(path.exists(), f"data.path={path}: there is no such file or folder")
-    check(path.is_file() or path.is_dir(), f"data.path={path} is neither a file nor a folder")
-    if path.is_file() or _is_data_set(path):
-        return [look_at(path)]
-    found = dict(_walk(path))
-    check(bool(found), f"data.path={path}: the folder holds no files; give a text file or a folder of text files")
-    entries = [found[name] for name in sorted(found) if matches(name, glob)]
-    check(
-        bool(entries),
-        f"data.path={path}: none of its {len(found)} files matches data.glob={glob}; **/ before a name looks into "
-        f"folders, and {min(found)} is one of the files",
-    )
-    return entries
+    with _one_line(path):
+        path = Path(os.path.abspath(path))
+        check(path.exists(), f"{setting}={path}: there is no such file or folder")
+        check(path.is_file() or path.is_dir(), f"{setting}={path} is neither a file nor a folder")
+        if path.is_file() or _is_data_set(path):
+            return [look_at(path)]
+        found = dict(_walk(path))
+        check(bool(found), f"{setting}={path}: the folder holds no files; give a text file or a folder of text files")
+        entries = [found[name] for name in sorted(found) if matches(name, glob)]
+        check(
+            bool(entries),
+            f"{setting}={path}: none of its {len(found)} files matches data.glob={glob}; **/ before a name looks into "
+            f"folders, and {min(found)} is one of the files",
+        )
+        return entries
 
 
 def look_at(path: Path) -> Entry:
     """A file, or all the files of a data set's folder, as it is now; raises InputError where it cannot be looked at."""
-    try:
+    with _one_line(path):
         statuses = [file.stat() for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    size, changed = sum(status.st_size for status in statuses), max(status.st_mtime_ns for status in statuses)
-    return Entry(str(path), size, changed)
+        size, changed = sum(status.st_size for status in statuses), max(status.st_mtime_ns for status in statuses)
+        return Entry(str(path), size, changed)
 
 
 def _is_data_set(path: Path) -> bool:
@@ -80,18 +93,15 @@ def _walk(top: Path) -> Iterator[tuple[str, Entry]]:
     folders, seen = [("", str(top))], set()
     while folders:
         prefix, folder = folders.pop()
-        try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as listing:
-                visible = sorted((entry for entry in listing if not entry.name.startswith(".")), key=lambda e: e.name)
-        except OSError as error:
-            raise InputError(f"{folder} cannot be read: {error.strerror}") from error
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as listing:
+            visible = sorted((entry for entry in listing if not entry.name.startswith(".")), key=lambda e: e.name)
         below = []
         for entry in visible:
-            if entry.is_symlink() and not os.path.exists(entry.path):  # it leads nowhere, or to itself
+            if entry.is_symlink() and _leads_nowhere(entry.path):
                 continue
             if entry.is_dir():
                 below.append((f"{prefix}{entry.name}/", entry.path))
@@ -99,6 +109,16 @@ def _walk(top: Path) -> Iterator[tuple[str, Entry]]:
                 status = entry.stat()
                 yield prefix + entry.name, Entry(entry.path, status.st_size, status.st_mtime_ns)
         folders += reversed(below)
+
+
+def _leads_nowhere(link: str) -> bool:
+    try:
+        os.stat(link)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        return True
+    return False
 
 
 def matches(name: str, glob: str) -> bool:

@@ -29,7 +29,7 @@ def next_tokens(model: LanguageModel, tokens: Tensor, temperature: float, genera
         if temperature == 0:
             token = logits.argmax()
         else:
-            token = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)[0]
+            token = torch.multinomial(((logits - logits.max()) / temperature).softmax(0), 1, generator=generator)[0]
         yield int(token)
         tokens = torch.cat([tokens, token[None]])
 
@@ -56,7 +56,10 @@ def write(
     dumped = content.get("tokenizer")
     check(dumped is not None, f"{path} was trained on tokens without a tokenizer: it has no text to write")
     tokenizer, model = load_tokenizer(str(dumped)), load(path)
-    ids = array(tokenizer.typecode, tokenizer.encode([(prompt, False)])).tolist() or [tokenizer.end_of_text]
+    try:
+        ids = array(tokenizer.typecode, tokenizer.encode([(prompt, False)])).tolist() or [tokenizer.end_of_text]
+    except UnicodeEncodeError as error:
+        raise InputError(f"prompt={prompt!r} is not UTF-8 text") from error
     generator = torch.Generator().manual_seed(seed)
     written: list[int] = []
     for token in next_tokens(model, torch.tensor(ids), temperature, generator):
@@ -65,7 +68,7 @@ def write(
         written.append(token)
         if len(written) == max_new_tokens:
             break
-    return prompt + tokenizer.decode(written)
+    return prompt + tokenizer.decode(ids + written)[len(tokenizer.decode(ids)) :]  # after it, not as if it began there
 
 
 def main(argv: Sequence[str] | None = None) -> None:

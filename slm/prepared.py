@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from slm.errors import InputError
 from slm.files import Entry
 from slm.notices import say
 
@@ -30,10 +31,11 @@ class Facts:
         num_tokens: with those that close each document.
         typecode: of a token, as `array` has it.
         digest: of the tokens, in hexadecimal.
-        begun: when, in nanoseconds of the file system's clock, its text was first read.
+        begun: when, in nanoseconds of the file system's clock, the reading of its text began.
         num_documents: those that are not empty; None where it is not known.
         num_bytes: of the text as UTF-8; None where it is not known.
         num_replaced: places that were no text.
+        is_exact: whether the tokens give the text back as it was.
         largest: the largest token; None where the tokenizer makes no other.
         largest_at: where that is, counted in tokens.
     """
@@ -45,6 +47,7 @@ class Facts:
     num_documents: int | None = None
     num_bytes: int | None = None
     num_replaced: int = 0
+    is_exact: bool = True
     largest: int | None = None
     largest_at: int = 0
 
@@ -68,30 +71,39 @@ def place_of(suffix: str, *what: object) -> Path:
     return cache_folder() / f"{new_digest(repr(what).encode()).hexdigest()}{suffix}"
 
 
-def is_newer(begun: int, entries: list[Entry]) -> bool:
-    """Whether what was begun then, in nanoseconds, saw the files as they are."""
-    return begun >= max(entry.changed for entry in entries) + SECONDS_OF_DOUBT * 1e9
+def has_seen(begun: int, entries: list[Entry]) -> bool:
+    """Whether what was begun then, in nanoseconds, saw the files as they are; one of a later time has another clock."""
+    return not any(entry.changed <= begun < entry.changed + SECONDS_OF_DOUBT * 1e9 for entry in entries)
 
 
 def known_facts(prepared: Path, entries: list[Entry], has_tokens: bool = True) -> Facts | None:
-    """What a prepared file says of its stream; None where it must be made, or made again."""
-    if not prepared.is_file():
-        return None
-    with prepared.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - ENDING.size))
-        length, mark = ENDING.unpack(file.read().rjust(ENDING.size))
-        if mark != MARK or length + ENDING.size > size:
-            fault = "was made by another version" if mark[:3] == MARK[:3] else "is damaged"
-            say(f"{prepared} {fault}: it is made again")
+    """What a prepared file says of its stream; None where it must be made, or made again.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        if not prepared.is_file():
             return None
-        file.seek(-length - ENDING.size, os.SEEK_END)
-        facts = Facts(**json.loads(file.read(length)))
-    tokens = facts.num_tokens * DTYPES[facts.typecode].itemsize if has_tokens else 0
-    if size != tokens + length + ENDING.size:
+        with prepared.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - ENDING.size))
+            length, mark = ENDING.unpack(file.read().rjust(ENDING.size))
+            if mark != MARK and mark[:3] == MARK[:3]:
+                say(f"{prepared} was made by another version: it is made again")
+                return None
+            file.seek(max(0, size - length - ENDING.size))
+            facts = Facts(**json.loads(file.read(length))) if mark == MARK else None
+    except OSError as error:
+        raise InputError(f"{prepared} cannot be read: {error.strerror}; delete it, or set XDG_CACHE_HOME") from error
+    except (ValueError, TypeError):
+        facts = None
+    if facts is not None:
+        tokens = facts.num_tokens * DTYPES[facts.typecode].itemsize if has_tokens else 0
+    if facts is None or size != tokens + length + ENDING.size:
         say(f"{prepared} is damaged: it is made again")
         return None
-    return facts if is_newer(facts.begun, entries) else None
+    return facts if has_seen(facts.begun, entries) else None
 
 
 def map_tokens(file: Path, facts: Facts) -> Tensor:

@@ -5,6 +5,7 @@ B batch, T time (`max_seq_len`): every batch is (tokens (B, T), targets (B, T)),
 
 import math
 import signal
+import sys
 from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any
@@ -53,7 +54,7 @@ class TokenData(LightningDataModule):
     tokenizer: str | None = None
     """How text becomes tokens, once they are there: None (no text), `bytes`, or the JSON of a tokenizer."""
     token_bytes: Tensor | None = None
-    """How many bytes of text each id (V,) stands for; None where it is not known."""
+    """How many bytes of text each id (V,) stands for, or all do on average; None where neither is known."""
     optimum: float | None = None
     """The lowest loss that any model can be expected to reach on these windows, in nats per token; None if unknown."""
     unigram: float | None = None
@@ -184,6 +185,9 @@ class TokenData(LightningDataModule):
             sampler=sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            multiprocessing_context="fork"
+            if num_workers and sys.platform == "linux"
+            else None,  # shares what is mapped
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator().manual_seed(self.hparams["seed"]),  # else it draws from the model's numbers

@@ -42,6 +42,7 @@ class ByteTokenizer:
     vocab_size = NUM_BYTES
     end_of_text = 0xFF
     typecode = "B"
+    is_exact = True
 
     def encode(self, pieces: Sequence[tuple[str, bool]]) -> bytes:
         """The ids of consecutive pieces of text, each with whether its document ends with it, closed there."""
@@ -108,15 +109,29 @@ class SubwordTokenizer:
         """The text of ids, without ends of text; U+FFFD stands for what is no whole character."""
         return self._tokenizer.decode([token for token in ids if token != self.end_of_text], skip_special_tokens=False)
 
-    def token_bytes(self) -> Tensor | None:
-        """How many bytes of text each id (V,) stands for; None where a tokenizer writes its tokens in another way."""
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether it is byte-level as GPT-2's is, so that any text comes back exactly; of others that is not known."""
         settings = json.loads(self.dump())
-        if (settings.get("decoder") or {}).get("type") != "ByteLevel" or settings.get("normalizer"):
+        pre = settings.get("pre_tokenizer") or {}
+        steps = pre.get("pretokenizers", [pre])
+        return (
+            settings.get("normalizer") is None
+            and (settings.get("decoder") or {}).get("type") == "ByteLevel"
+            and steps[-1].get("type") == "ByteLevel"
+            and not steps[-1]["add_prefix_space"]
+            and all(step.get("type") == "Split" and step["behavior"] == "Isolated" for step in steps[:-1])
+            and set(_library().pre_tokenizers.ByteLevel.alphabet()) <= self._tokenizer.get_vocab().keys()
+        )
+
+    def token_bytes(self) -> Tensor | None:
+        """How many bytes of text each id (V,) stands for; None where that is not known."""
+        if not self.is_exact:
             return None
         lengths = torch.zeros(self.vocab_size)
         for token, index in self._tokenizer.get_vocab(with_added_tokens=False).items():
             lengths[index] = len(token)  # a character stands for a byte
-        for token in settings["added_tokens"]:
+        for token in json.loads(self.dump())["added_tokens"]:
             lengths[token["id"]] = 0 if token["special"] else len(token["content"].encode())
         return lengths
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -18,10 +19,12 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slm import corpus, documents, tokenizer
-from slm.corpus import Text, own_bpe, saved_tokens, token_stream
+from slm import corpus, documents, prepared, tokenizer
+from slm import text as text_module
+from slm.corpus import own_bpe, saved_tokens, token_stream
 from slm.errors import InputError, NotWrittenError
 from slm.prepared import cache_folder
+from slm.text import Text
 from slm.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
 LONG_AGO = 1_000_000_000
@@ -77,7 +80,7 @@ def test_the_second_time_no_text_is_read(cache: Path, tmp_path: Path, monkeypatc
     tokens, facts = token_stream(Text(path), BYTES)
     kept = kept_in(cache)
     assert len(kept) == 1
-    monkeypatch.setattr(corpus, "read_documents", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(text_module, "read_documents", lambda *_: pytest.fail("read again"))
     again = token_stream(Text(path), BYTES)
     assert (again[0].tolist(), again[1]) == (tokens.tolist(), facts)
     assert bytes(again[0].tolist()) == b"the text\xff"
@@ -94,8 +97,9 @@ def test_a_changed_text_is_read_again(seconds: int, cache: Path, tmp_path: Path)
 
 
 def test_a_text_that_changed_within_the_resolution_of_its_time_is_not_mistaken_for_the_one_before(
-    cache: Path, tmp_path: Path
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(prepared, "SECONDS_OF_DOUBT", 1e9)  # any time is the same one to this file system
     path = tmp_path / "text.txt"
     path.write_text("the text")
     now = path.stat().st_mtime_ns
@@ -103,6 +107,25 @@ def test_a_text_that_changed_within_the_resolution_of_its_time_is_not_mistaken_f
     path.write_text("the next")
     os.utime(path, ns=(now, now))
     assert bytes(read(path)) == b"the next\xff"
+
+
+def test_a_time_of_another_clock_does_not_have_a_text_read_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "text.txt", "the text", seconds=2 * LONG_AGO + 2**31)
+    read(path)
+    monkeypatch.setattr(text_module, "read_documents", lambda *_: pytest.fail("read again"))
+    assert bytes(read(path)) == b"the text\xff"
+
+
+def test_the_same_name_in_another_folder_is_another_text(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "a.txt", name)
+        monkeypatch.chdir(tmp_path / name)
+        assert bytes(read(Path("a.txt"))) == name.encode() + b"\xff"
 
 
 def test_the_digest_is_that_of_the_documents_wherever_they_are(cache: Path, tmp_path: Path) -> None:
@@ -188,6 +211,31 @@ def test_the_merges_are_learned_from_the_training_text_alone_and_once(
     assert own_bpe(Text(path), 300, share=0.9).dump() == own.dump()
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.txt"])
+def test_the_share_is_one_of_the_text_however_it_is_packed(
+    name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = random.Random(0).choices("abcdefgh", k=90_000)
+    lines = ["".join(words[i : i + 90]) for i in range(0, len(words), 90)]
+    content = "\n".join(json.dumps({"text": line}) for line in lines) if "json" in name else "".join(lines)
+    path = write(tmp_path / name, gzip.compress(content.encode()) if name.endswith("gz") else content)
+    seen: list[str] = []
+    monkeypatch.setattr(corpus, "train_bpe", lambda texts, size: (seen.extend(texts), train_bpe(iter(seen), size))[1])
+    own_bpe(Text(path), 300, share=0.6)
+    assert "".join(seen) == "".join(words[:54_000])
+
+
+def test_a_damaged_tokenizer_in_the_cache_is_learned_again(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "text.txt", "abab " * 90)
+    own = own_bpe(Text(path), 300).dump()
+    [kept] = cache.glob("*.json")
+    kept.write_text(own[:100])
+    assert own_bpe(Text(path), 300).dump() == own == kept.read_text()
+    assert capsys.readouterr().err == f"{kept} is damaged: it is made again\n" * 2
+
+
 def test_the_merges_of_a_large_text_are_learned_from_parts_all_over_it(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,17 +248,29 @@ def test_the_merges_of_a_large_text_are_learned_from_parts_all_over_it(
     assert sum(map(len, seen)) == pytest.approx(4000, rel=0.1)
 
 
-def test_a_tokenizer_that_loses_text_is_said_to(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_tokenizer_that_loses_text_anywhere_is_known_for_it(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = pytest.importorskip("tokenizers")
     plain = library.Tokenizer.from_str(train_bpe(iter(["hello"]), 300).dump())
     plain.normalizer = library.normalizers.Lowercase()
     changing = tokenizer.SubwordTokenizer(plain.to_str())
-    token_stream(Text(write(tmp_path / "a.txt", "lower")), changing)
-    assert capsys.readouterr().err == ""
-    token_stream(Text(write(tmp_path / "b.txt", "Upper")), changing)
-    assert "does not give the text back as it was" in capsys.readouterr().err
+    assert token_stream(Text(write(tmp_path / "a.txt", "lower " * 100)), changing)[1].is_exact
+    monkeypatch.setattr(corpus, "BATCH_SIZE", 10)
+    assert not token_stream(Text(write(tmp_path / "b.txt", "lower " * 100 + "Upper")), changing)[1].is_exact
+    assert token_stream(Text(tmp_path / "b.txt"), train_bpe(iter(["lower"]), 300))[1].is_exact
+
+
+def test_a_tokenizer_with_marks_for_spaces_is_exact_where_it_is(cache: Path, tmp_path: Path) -> None:
+    library = pytest.importorskip("tokenizers")
+    plain = library.Tokenizer(library.models.BPE(unk_token="<unk>"))
+    plain.pre_tokenizer, plain.decoder = library.pre_tokenizers.Metaspace(), library.decoders.Metaspace()
+    trainer = library.trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], show_progress=False, vocab_size=100)
+    plain.train_from_iterator(["one two three"], trainer)
+    marked = tokenizer.SubwordTokenizer(plain.to_str())
+    lines = '{"text": "one two"}\n{"text": "three one"}'
+    assert token_stream(Text(write(tmp_path / "a.jsonl", lines)), marked)[1].is_exact
+    assert not token_stream(Text(write(tmp_path / "b.jsonl", lines.replace("e o", "e x"))), marked)[1].is_exact
 
 
 def test_saved_tokens_are_mapped_as_they_are_and_looked_through_once(
@@ -245,7 +305,7 @@ def test_a_text_that_changes_while_it_is_read_is_refused_and_leaves_nothing(
         yield from documents.read_documents(*arguments)
         path.write_text("more of it now")
 
-    monkeypatch.setattr(corpus, "read_documents", grow)
+    monkeypatch.setattr(text_module, "read_documents", grow)
     with pytest.raises(InputError, match=r"log.txt changed while it was read"):
         read(path)
     assert kept_in(cache) == []
@@ -258,8 +318,10 @@ def test_a_text_that_changes_while_it_is_read_is_refused_and_leaves_nothing(
         (lambda content: content[:-20], "is damaged"),
         (lambda content: content[10:], "is damaged"),
         (lambda content: b"", "is damaged"),
+        (lambda content: content.replace(b"typecode", b"typekode"), "is damaged"),
+        (lambda content: content.replace(b'{"num', b'["num'), "is damaged"),
     ],
-    ids=["version", "end", "beginning", "all"],
+    ids=["version", "end", "beginning", "all", "facts", "JSON"],
 )
 def test_a_prepared_file_that_does_not_fit_is_named_and_made_again(
     change: Any, fault: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -280,15 +342,15 @@ def test_a_cache_that_cannot_be_written_is_named(cache: Path, tmp_path: Path) ->
         read(write(tmp_path / "text.txt", "the text"))
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Full(ByteTokenizer):
-        def encode(self, pieces: Any) -> bytes:
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(NotWrittenError, match=r"\.tokens cannot be written: No space left on device"):
-        read(write(tmp_path / "text.txt", "the text"), Full())
+def test_a_disk_without_room_is_one_line_and_leaves_nothing(cache: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "text.txt", "the text " * 1000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(NotWrittenError, match=r"\.tokens cannot be written: File too large"):
+            read(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert kept_in(cache) == []
 
 
@@ -296,8 +358,9 @@ PREPARE = """
 import sys
 import time
 from pathlib import Path
-from slm import corpus
-from slm.corpus import Text, token_stream
+from slm.corpus import token_stream
+from slm.text import Text
+from slm.text import Text
 from slm.tokenizer import ByteTokenizer
 
 class Slow(ByteTokenizer):

@@ -146,6 +146,8 @@ def test_replacing_counts_in_lines_and_rows_too(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": null}', r"a.jsonl line 1: its field text is not text but null"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"a.jsonl line 2 is not UTF-8 text: byte 0xff at offset 24;"),
         ("a.jsonl", b'{"text": "\\udc00"}', r"a.jsonl line 1 holds half a surrogate pair at character 0"),
+        ("a.jsonl", b"[" * 200_000, r"a.jsonl line 1 is not JSON: "),
+        ("shard.BIN", b"\0\1", r"shard.BIN holds tokens by its name, not text: give it alone"),
         ("a.parquet", b"PAR1 and no more", r"a.parquet is not a whole parquet file: "),
     ],
 )

@@ -92,6 +92,12 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         find_files(tmp_path)
 
 
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    for find in (find_files, find_splits):
+        with pytest.raises(InputError, match=r"cannot be read: File name too long"):
+            find(tmp_path / ("x" * 300))
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_that_cannot_be_looked_into_is_refused(tmp_path: Path) -> None:
     make(tmp_path, "a.txt", "secret/b.txt")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from slm.checkpoint import read_checkpoint
 from slm.data import TextData
 from slm.errors import InputError
+from slm.token_data import TokenData
 from slm.tokenizer import load_tokenizer, train_bpe
 
 Run = Callable[..., str]
@@ -63,7 +64,7 @@ def test_text_with_another_vocabulary_than_bytes_is_refused_with_both_numbers() 
 def test_every_token_but_the_first_is_a_target_once_or_left_over_before_the_held_out_part(
     num_tokens: int, max_seq_len: int, val_fraction: float
 ) -> None:
-    class Counted(TextData):
+    class Counted(TokenData):
         def stream(self) -> torch.Tensor:
             return torch.arange(num_tokens)
 
@@ -90,7 +91,10 @@ def test_the_held_out_text_may_be_given(tmp_path: Path) -> None:
     assert bytes(train) == b"training text\xff"
     assert bytes(held_out) == b"held out text\xff"
     other = setup(path=str(tmp_path / "a.txt"), val_path=str(tmp_path / "a.txt"))
-    assert data.fingerprint != other.fingerprint != setup(path=str(tmp_path / "a.txt"), max_seq_len=4).fingerprint
+    tail = setup(path=str(tmp_path / "a.txt"), max_seq_len=4)
+    assert len({data.fingerprint, other.fingerprint, tail.fingerprint}) == 3
+    with pytest.raises(InputError, match=r"data.val_path=.*none.txt: there is no such file or folder"):
+        setup(path=str(tmp_path / "a.txt"), val_path=str(tmp_path / "none.txt"))
 
 
 def test_a_saved_dict_of_data_sets_brings_its_own_validation(tmp_path: Path) -> None:
@@ -178,7 +182,9 @@ def test_replaced_places_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"broken \xff text \xe9, but long enough")
     with pytest.raises(InputError, match=r"a.txt is not UTF-8 text: byte 0xff at offset 7"):
         setup(path=str(tmp_path / "a.txt"))
-    data = setup(path=str(tmp_path / "a.txt"), errors="replace")
+    path = str(tmp_path / "a.txt")
+    assert list(setup(path=path, errors="replace", val_path=path).at_a_glance(1))[1].startswith("4 places in it")
+    data = setup(path=path, errors="replace")
     assert list(data.at_a_glance(1))[1] == "2 places in it are not UTF-8: U+FFFD stands for each"
 
 
@@ -237,6 +243,8 @@ def test_a_tokenizer_file_may_be_gone_when_a_run_goes_on_and_another_is_refused(
     slm("--ckpt_path=last", "--trainer.max_epochs=2")
     message = refused("validate", "--ckpt_path=last", "--data.tokenizer=bytes")
     assert "vocab_size=270 does not fit text as bytes" in message
+    message = refused("validate", "--ckpt_path=last", "--data.tokenizer=typo.json")
+    assert "typo.json: there is no such file" in message
 
 
 def test_fewer_merges_than_asked_for_is_told(slm: Run, workdir: Path) -> None:
