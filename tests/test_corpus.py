@@ -360,7 +360,6 @@ import time
 from pathlib import Path
 from slm.corpus import token_stream
 from slm.text import Text
-from slm.text import Text
 from slm.tokenizer import ByteTokenizer
 
 class Slow(ByteTokenizer):
