@@ -202,9 +202,11 @@ class CommandLine(LightningCLI):
         """Validate the best checkpoint, which adds no point to the curves, and print the report."""
         trainer, loggers = self.trainer, self.trainer.loggers
         self.run = trainer.strategy.broadcast(self.run)
-        done_before = self.request.content["global_step"] if self.request.content is not None else None
-        has_trained = trainer.global_step != done_before
-        if not has_trained:
+        done_before = (self.request.content or {}).get("global_step")
+        if trainer.global_step == done_before:
+            if self.is_new_run:
+                self._drop_new_run()
+                raise InputError(f"{self.request.checkpoint} has done its {done_before} steps: ask for more of them")
             say(f"nothing was left to do: the run had already done its {done_before} steps; ask for more as below")
         metrics: Mapping[str, Any] = trainer.callback_metrics
         best = self.run / "checkpoints" / "best.ckpt" if self.run is not None else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from slm.corpus import own_bpe, saved_tokens, token_stream
 from slm.documents import Errors
 from slm.errors import check
-from slm.files import find_splits
+from slm.files import ANY, find_splits
 from slm.notices import say
 from slm.prepared import Facts
 from slm.source import MarkovSource, UniformSource
@@ -74,7 +74,7 @@ class TextData(TokenData):
         self,
         *args: Any,
         path: str | None = None,
-        glob: str = "**/*",
+        glob: str = ANY,
         text_field: str = "text",
         errors: Errors = "strict",
         val_path: str | None = None,
@@ -133,9 +133,9 @@ class TextData(TokenData):
 
     def held_out_stream(self) -> Tensor | None:
         tokens, self.held_out_facts = (None, self.facts) if self._held_out is None else self._read(self._held_out)
-        num_bytes = self.held_out_facts.num_bytes
-        if self._tokenizer is not None and self.token_bytes is None and num_bytes is not None:
-            self.token_bytes = torch.full((self.hparams["vocab_size"],), num_bytes / self.held_out_facts.num_tokens)
+        facts = self.held_out_facts
+        if self.token_bytes is None and facts.num_bytes is not None and facts.is_exact:
+            self.token_bytes = torch.full((self.hparams["vocab_size"],), facts.num_bytes / facts.num_tokens)
         return tokens
 
     def digest(self, stream: Tensor) -> bytes:
@@ -149,11 +149,12 @@ class TextData(TokenData):
         of_text = f"{facts.num_documents:,} {documents}, {facts.num_bytes:,} bytes, " if facts.num_documents else ""
         each = f" ({facts.num_bytes / facts.num_tokens:.2f} bytes each)" if facts.num_bytes else ""
         windows = f"{len(self.train_windows):,} windows to train on in an epoch, {len(self.val_windows):,} held out"
+        windows += "" if self._held_out is None else f" of {self._held_out}"
         yield f"{self._train or INSIDE_PYTHON}: {of_text}{facts.num_tokens:,} tokens{each}, {windows}"
         if num_replaced := sum(part.num_replaced for part in self._all_facts()):
             yield f"{num_replaced:,} places in it are not UTF-8: U+FFFD stands for each"
         if not all(part.is_exact for part in self._all_facts()):
-            yield "its tokens do not give all of it back as it was; bits per byte count its bytes on average"
+            yield "its tokens do not give all of it back as it was, so its bits per byte are not known"
         ratio = len(self.train_windows.stream) / num_parameters
         if ratio < 1:
             yield (

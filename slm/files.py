@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from slm.errors import InputError, check
 
+ANY = "**/*"
+
 
 class Entry(NamedTuple):
     """A file, or the folder of a Hugging Face data set, as it was found."""
@@ -46,7 +48,7 @@ def find_splits(path: Path) -> tuple[Path, Path | None]:
         return train, next((place for place in held_out if place.exists()), None)
 
 
-def find_files(path: Path, glob: str = "**/*", setting: str = "data.path") -> list[Entry]:
+def find_files(path: Path, glob: str = ANY, setting: str = "data.path") -> list[Entry]:
     """The file at `path`, or those in the folder there, in the order of their names (by code points, with `/`).
 
     Links are followed, but no folder is entered twice; what begins with a dot is hidden, and passed over.
@@ -61,9 +63,13 @@ def find_files(path: Path, glob: str = "**/*", setting: str = "data.path") -> li
     """
     with _one_line(path):
         path = Path(os.path.abspath(path))
-        check(path.exists(), f"{setting}={path}: there is no such file or folder")
+        hint = "; --data.glob chooses among the files of a folder" if set("*?") & set(path.name) else ""
+        check(path.exists(), f"{setting}={path}: there is no such file or folder{hint}")
         check(path.is_file() or path.is_dir(), f"{setting}={path} is neither a file nor a folder")
-        if path.is_file() or _is_data_set(path):
+        is_alone = path.is_file() or _is_data_set(path)
+        is_unused = is_alone and glob != ANY and setting == "data.path"
+        check(not is_unused, f"data.glob={glob} chooses among the files of a folder, and {setting}={path} is none")
+        if is_alone:
             return [look_at(path)]
         found = dict(_walk(path))
         check(bool(found), f"{setting}={path}: the folder holds no files; give a text file or a folder of text files")

@@ -91,9 +91,8 @@ def explain_parser_error(message: str, known: Mapping[str, str]) -> str:
     if unknown:
         name = ".".join([*keys, *re.findall(r"Group '([^']+)'", message), unknown[1] or unknown[2]])
         if known.get(name):
-            return (
-                f"{name} is a setting of {known[name]}, which is not the data chosen: choose it with --data or --config"
-            )
+            remedy = f"choose it with --data {known[name]} or --config"
+            return f"{name} is a setting of {known[name]}, which is not the data chosen: {remedy}"
         near = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name, known, n=1, cutoff=0)
         return f"unknown setting {name}; the nearest known one is {near[0]}"
     detail = message[message.rindex("Parser key") :] if keys else message

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from slm.documents import Block, Errors, read_documents
 from slm.errors import check
-from slm.files import Entry, find_files, look_at
+from slm.files import ANY, Entry, find_files, look_at
 
 INSIDE_PYTHON = "the documentation inside Python"
 
@@ -29,7 +29,7 @@ class Text:
     """
 
     path: Path | None
-    glob: str = "**/*"
+    glob: str = ANY
     text_field: str = "text"
     errors: Errors = "strict"
     setting: str = "data.path"
@@ -45,7 +45,7 @@ class Text:
         """The documents in these files, while a bar shows how far they are read."""
         done, total = 0, sum(entry.size for entry in entries)
         inside = self.path is None
-        interval = 0.2 if sys.stderr.isatty() else 30
+        interval = 0.2 if sys.stderr.isatty() else 10
         shown = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "mininterval": interval}
         with Tqdm(desc=title, total=total, file=sys.stderr, **shown) as bar:
             for entry in entries:

@@ -175,7 +175,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> SubwordTokenizer:
     check(
         vocab_size > NUM_BYTES,
         f"vocab_size={vocab_size} is too small for byte-level BPE, which has {NUM_BYTES} bytes and the end of text: "
-        f"use --model.vocab_size {NUM_BYTES + 1} or more",
+        "give it more, such as --model.vocab_size 10000",
     )
     library = _library()
     tokenizer = library.Tokenizer(library.models.BPE())

@@ -92,6 +92,15 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         find_files(tmp_path)
 
 
+def test_a_glob_that_would_choose_nothing_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt")
+    with pytest.raises(InputError, match=r"data.glob=\*.zip chooses among the files of a folder, and .*a.txt is none"):
+        find_files(tmp_path / "a.txt", "*.zip")
+    assert find_files(tmp_path / "a.txt", "*.zip", "data.val_path")
+    with pytest.raises(InputError, match=r"no such file or folder; --data.glob chooses among the files of a folder"):
+        find_files(tmp_path / "*.txt")
+
+
 def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
     for find in (find_files, find_splits):
         with pytest.raises(InputError, match=r"cannot be read: File name too long"):

@@ -113,7 +113,9 @@ def test_nanogpts_folder_is_used_as_it_is(tmp_path: Path) -> None:
     assert streams(data) == (list(range(50, 90)), list(range(20)))
     assert (data.tokenizer, data.token_bytes) == (None, None)
     [line] = data.at_a_glance(num_parameters=1)
-    assert line == f"{tmp_path}/train.bin: 40 tokens, 4 windows to train on in an epoch, 2 held out"
+    assert (
+        line == f"{tmp_path}/train.bin: 40 tokens, 4 windows to train on in an epoch, 2 held out of {tmp_path}/val.bin"
+    )
     (tmp_path / "val.bin").unlink()
     train, held_out = streams(setup(path=str(tmp_path), vocab_size=90))
     assert [*train, *held_out[1:]] == list(range(50, 90))
@@ -186,6 +188,17 @@ def test_replaced_places_are_counted(tmp_path: Path) -> None:
     assert list(setup(path=path, errors="replace", val_path=path).at_a_glance(1))[1].startswith("4 places in it")
     data = setup(path=path, errors="replace")
     assert list(data.at_a_glance(1))[1] == "2 places in it are not UTF-8: U+FFFD stands for each"
+
+
+def test_of_a_tokenizer_that_loses_text_there_are_no_bits_per_byte(tmp_path: Path) -> None:
+    library = pytest.importorskip("tokenizers")
+    plain = library.Tokenizer(library.models.WordLevel({"the": 0, "[UNK]": 1, "[SEP]": 2}, unk_token="[UNK]"))
+    plain.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    plain.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text(WORDS * 9)
+    data = setup(path=str(tmp_path / "a.txt"), vocab_size=3, tokenizer=str(tmp_path / "tokenizer.json"))
+    assert data.token_bytes is None
+    assert "its tokens do not give all of it back as it was, so its bits per byte are not known" in data.at_a_glance(1)
 
 
 def test_an_unknown_tokens_bytes_are_those_of_the_text_on_average(tmp_path: Path) -> None:
