@@ -93,6 +93,15 @@ def test_a_finished_run_says_so_and_changes_nothing(slm: Run, trained: Path) -> 
     assert LAST.read_bytes() == before
 
 
+def test_a_copied_checkpoint_with_nothing_left_to_do_is_refused_and_leaves_no_run(
+    slm: Run, refused: Run, trained: Path, workdir: Path
+) -> None:
+    shutil.copy(LAST, workdir / "copy.ckpt")
+    message = refused("--ckpt_path=copy.ckpt", "--trainer.max_epochs=2")
+    assert re.search(r"copy.ckpt has done its \d+ steps: ask for more of them", message)
+    assert [path.name for path in Path("runs").iterdir()] == ["version_0"]
+
+
 def test_a_flag_wins_over_the_stored_value_in_what_is_trained_too(slm: Run, trained: Path) -> None:
     output = slm("--ckpt_path=last", "--trainer.max_epochs=3", "--model.learning_rate=0.0005")
     assert "model.learning_rate is now 0.0005 (the run had 0.001)" in output
