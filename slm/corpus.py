@@ -47,7 +47,7 @@ def token_stream(text: Text, tokenizer: Tokenizer) -> tuple[Tensor, Facts]:
     return map_tokens(prepared, facts), facts
 
 
-def saved_tokens(path: Path) -> tuple[Tensor, Facts]:
+def saved_tokens(path: Path, setting: str = "data.path") -> tuple[Tensor, Facts]:
     """The tokens (N,), uint16, of a file that nanoGPT's scripts make, mapped as it is; it is read through once.
 
     Raises:
@@ -55,7 +55,7 @@ def saved_tokens(path: Path) -> tuple[Tensor, Facts]:
         NotWrittenError: what is known of it cannot be kept.
     """
     check(not path.is_dir(), f"{path} is a folder: a .bin of tokens is a file")
-    [entry] = entries = find_files(path)
+    [entry] = entries = find_files(path, setting=setting)
     check(entry.size > 0, f"{path} is empty: it must hold two bytes for each token")
     check(entry.size % 2 == 0, f"{path} has {entry.size} bytes, an odd number: tokens of two bytes were cut short")
     known = place_of(".facts", entries)
@@ -100,6 +100,7 @@ def _kept_bpe(kept: Path, entries: list[Entry]) -> SubwordTokenizer | None:
 def _learn_bpe(text: Text, entries: list[Entry], vocab_size: int, share: float, kept: Path) -> SubwordTokenizer:
     begun = time.time_ns()
     size = sum(len(block.text) for block in text.blocks(entries, "measuring"))
+    check(size > 0, f"{text} holds no text at all")
     pieces = _first(_pieces(text.blocks(entries, f"learning {vocab_size} ids")), int(share * size))
     sample = itertools.islice(pieces, 0, None, max(1, math.ceil(share * size / TRAINING_SIZE)))
     tokenizer = train_bpe(sample, vocab_size)

@@ -175,16 +175,18 @@ class TextData(TokenData):
         return [self.facts] if self._held_out is None else [self.facts, self.held_out_facts]
 
     def _text(self, path: Path | None) -> Text:
-        setting = "data.val_path" if path is not None and path == self._held_out else "data.path"
         chosen = {name: self.hparams[name] for name in ("glob", "text_field", "errors")}
-        return Text(path, **chosen, setting=setting)
+        return Text(path, **chosen, setting=self._setting(path))
+
+    def _setting(self, path: Path | None) -> str:
+        return "data.val_path" if path is not None and path == self._held_out else "data.path"
 
     def _read(self, path: Path | None) -> tuple[Tensor, Facts]:
         if self._is_text:
             assert self._tokenizer is not None
             return token_stream(self._text(path), self._tokenizer)
         assert path is not None
-        tokens, facts = saved_tokens(path)
+        tokens, facts = saved_tokens(path, self._setting(path))
         vocab_size, largest = self.hparams["vocab_size"], facts.largest
         assert largest is not None
         check(

@@ -138,6 +138,7 @@ def test_saved_tokens_may_come_with_their_tokenizer(tmp_path: Path) -> None:
         ),
         ({"vocab_size": 90, "tokenizer": "bpe"}, r"data.tokenizer=bpe cannot learn from .*, which holds tokens"),
         ({"vocab_size": 90, "val_path": "README.md"}, r"val_path=README.md only one is a .bin of tokens"),
+        ({"vocab_size": 90, "val_path": "none.bin"}, r"data.val_path=.*none.bin: there is no such file"),
         ({"vocab_size": 90, "max_seq_len": 20}, r"40 tokens are too few: .* max_seq_len=20 each, 41 tokens in all"),
     ],
 )
@@ -162,8 +163,9 @@ def test_a_short_text_is_refused(tmp_path: Path) -> None:
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(InputError, match=r"data.path=.*empty.txt holds no text at all"):
-        setup(path=str(tmp_path / "empty.txt"))
+    for tokenizer, vocab_size in (("bytes", 256), ("bpe", 300)):
+        with pytest.raises(InputError, match=r"data.path=.*empty.txt holds no text at all"):
+            setup(path=str(tmp_path / "empty.txt"), tokenizer=tokenizer, vocab_size=vocab_size)
 
 
 def test_a_glance_tells_what_the_text_is(tmp_path: Path) -> None:
