@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fit, run_command, small_model
+from conftest import fit, small_model
 
 from slm.data import TextData
 from slm.generate import main, next_tokens, write
@@ -90,10 +90,11 @@ def test_a_mistake_is_one_line(flag: str, message: str, workdir: Path, capsys: p
     assert line.startswith(message)
 
 
-def test_a_model_of_tokens_without_a_tokenizer_has_no_text(trained: Path, tmp_path: Path) -> None:
-    content = {**torch.load(trained, weights_only=True), "tokenizer": None}
-    torch.save(content, tmp_path / "tokens.pt")
-    result = run_command("-m", "slm.generate", "--ckpt_path=tokens.pt", cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr == "error: tokens.pt was trained on tokens without a tokenizer: it has no text to write\n"
-    assert result.stdout == ""
+def test_a_model_of_tokens_without_a_tokenizer_has_no_text(
+    trained: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({**torch.load(trained, weights_only=True), "tokenizer": None}, "tokens.pt")
+    with pytest.raises(SystemExit):
+        main(["--ckpt_path=tokens.pt"])
+    message = "error: tokens.pt was trained on tokens without a tokenizer: it has no text to write\n"
+    assert capsys.readouterr() == ("", message)
