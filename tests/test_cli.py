@@ -15,8 +15,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import slm.hardware
+from slm import policy
 from slm.checkpoint import claim_run
 from slm.cli import CommandLine, main
+from slm.errors import InputError
 from slm.keeper import BestCheckpoint, LastCheckpoint
 from slm.monitor import ProgressBar
 
@@ -374,16 +376,14 @@ def test_a_bad_yaml_is_one_line_with_the_key(refused: Run, workdir: Path, conten
         ("trainer: {max_epoch: 1}", "max_epochs"),
     ],
 )
-def test_a_missing_or_broken_default_config_is_an_error(workdir: Path, content: str | None, message: str) -> None:
-    shutil.copytree(ROOT / "slm", workdir / "slm", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "train.py", workdir)
+def test_a_missing_or_broken_default_config_is_an_error(
+    content: str | None, message: str, workdir: Path, refused: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "__file__", str(workdir / "slm/policy.py"))
     if content is not None:
         (workdir / "configs").mkdir()
         (workdir / "configs/default.yaml").write_text(content)
-    result = run_command("train.py", cwd=workdir)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert message in result.stderr
+    assert message in refused()
 
 
 def test_a_callback_that_waits_for_an_unknown_metric_is_one_line(
@@ -413,15 +413,13 @@ def test_a_folder_without_permission_to_write_is_refused(refused: Run, workdir: 
     assert "Permission denied" in refused(*SMALL)
 
 
-def test_a_traceback_is_shown_only_where_it_is_asked_for(workdir: Path) -> None:
-    plain, asked = (
-        run_command(str(ROOT / "train.py"), "--model.embed_dim=130", cwd=workdir, SLM_TRACEBACK=value)
-        for value in ("", "1")
-    )
-    assert plain.returncode == 2
-    assert plain.stderr.startswith("error: embed_dim=130")
-    assert "Traceback" not in plain.stderr
-    assert "Traceback" in asked.stderr
+def test_a_traceback_is_shown_only_where_it_is_asked_for(
+    slm: Run, refused: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert refused("--model.embed_dim=130").startswith("error: embed_dim=130")
+    monkeypatch.setenv("SLM_TRACEBACK", "1")
+    with pytest.raises(InputError, match="embed_dim=130"):
+        slm("--model.embed_dim=130")
 
 
 def test_an_exception_that_is_a_bug_keeps_its_traceback(slm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
