@@ -33,6 +33,9 @@ def ends_in_one_line() -> Iterator[None]:
         sys.exit(128 + stop.signum)
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
             sys.exit(128 + signal.SIGINT)  # Lightning makes it SystemExit(1)

@@ -1,88 +1,200 @@
-"""Text out of a trained model."""
+"""Text out of a trained model: `python -m slm.generate --ckpt_path best --prompt "The "`."""
 
+import io
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jsonargparse
 import torch
-from torch import Tensor
 
 from slm.checkpoint import open_checkpoint
+from slm.decoding import Sampler, decode
 from slm.endings import ends_in_one_line
 from slm.errors import InputError, check
-from slm.module import LanguageModel, load
-from slm.notices import explain_parser_error
-from slm.tokenizer import load_tokenizer
+from slm.hardware import accelerator_kind
+from slm.notices import parse_flags, say
+from slm.streaming import Numbers, TextStream
+from slm.tokenizer import Tokenizer, load_tokenizer
+from slm.trained import restore
 
 
-@torch.inference_mode()
-def next_tokens(model: LanguageModel, tokens: Tensor, temperature: float, generator: torch.Generator) -> Iterator[int]:
-    """The tokens that a model in eval mode goes on with after `tokens` (T,), int64, one after another, without end.
+@dataclass(frozen=True)
+class Settings:
+    """How a text goes on.
 
-    It sees the last `max_seq_len` of them. A temperature of 0 takes the likeliest.
+    Args:
+        max_new_tokens: where it ends, unless the model ends it before.
+        temperature: how bold the choice of each token is; 0 takes the likeliest.
+        top_k: how many of the likeliest tokens there are to choose from; null for all.
+        top_p: share of the probability that the likeliest tokens to choose from have together.
+        seed: of the choices.
+        num_samples: how many texts, made at the same time; each is what its seed, counted on, gives alone.
+        stop: a text that ends it and is not shown, or several.
+
+    Raises:
+        InputError: a value out of its range.
     """
-    while True:
-        window = tokens[-model.hparams["max_seq_len"] :]
-        hidden = model.transformer(window[None])  # (1, T, D)
-        logits = model.transformer.logits(hidden[:, -1])[0].float()  # (V,)
-        if temperature == 0:
-            token = logits.argmax()
-        else:
-            token = torch.multinomial(((logits - logits.max()) / temperature).softmax(0), 1, generator=generator)[0]
-        yield int(token)
-        tokens = torch.cat([tokens, token[None]])
+
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    num_samples: int = 1
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        check(self.num_samples >= 1, f"num_samples={self.num_samples} must be at least 1")
+        check(all(self.stop), "stop='' would end every text: give a text that is not empty")
+        self.sampler()
+
+    def sampler(self) -> Sampler:
+        """What chooses the tokens; raises InputError for what it cannot."""
+        return Sampler(self.temperature, self.top_k, self.top_p, self.seed, self.num_samples)
 
 
-def write(
-    ckpt_path: str = "best", prompt: str = "", max_new_tokens: int = 200, temperature: float = 0.8, seed: int = 0
-) -> str:
-    """The prompt, and what a trained model writes after it.
+class Writer:
+    """A trained model that goes on with texts.
 
     Args:
         ckpt_path: `last` or `best` (of the newest run under `runs/`), a run folder (its best), a `.ckpt` or a `.pt`.
-        prompt: the text to go on with; without one, a document is begun.
-        max_new_tokens: where to stop, unless the document ends before.
-        temperature: how bold the choice of each token is; 0 takes the likeliest.
-        seed: of that choice.
+        accelerator: where it computes: cpu, cuda, mps, or the GPU that is there (auto).
 
     Raises:
-        InputError: there is no such checkpoint, or it has no tokenizer; or a value is out of its range.
+        InputError: there is no such checkpoint or accelerator.
     """
-    check(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
-    check(temperature >= 0, f"temperature={temperature} must be at least 0")
-    check(0 <= seed < 2**63, f"seed={seed} must be at least 0 and below 2**63")
-    path, content = open_checkpoint(ckpt_path, prefer="best")
-    dumped = content.get("tokenizer")
-    check(dumped is not None, f"{path} was trained on tokens without a tokenizer: it has no text to write")
-    tokenizer, model = load_tokenizer(str(dumped)), load(path)
-    try:
-        ids = array(tokenizer.typecode, tokenizer.encode([(prompt, False)])).tolist() or [tokenizer.end_of_text]
-    except UnicodeEncodeError as error:
-        raise InputError(f"prompt={prompt!r} is not UTF-8 text") from error
-    generator = torch.Generator().manual_seed(seed)
-    written: list[int] = []
-    for token in next_tokens(model, torch.tensor(ids), temperature, generator):
-        if token == tokenizer.end_of_text:
-            break
-        written.append(token)
-        if len(written) == max_new_tokens:
-            break
-    return prompt + tokenizer.decode(ids + written)[len(tokenizer.decode(ids)) :]  # after it, not as if it began there
+
+    def __init__(self, ckpt_path: str | Path = "best", accelerator: str = "auto") -> None:
+        device = accelerator_kind(accelerator)
+        check(device in ("cpu", "cuda", "mps"), f"accelerator={accelerator} must be auto, cpu, gpu, cuda or mps")
+        path, content = open_checkpoint(ckpt_path, prefer="best")
+        self.model = restore(path, content).to(device)
+        dumped = content.get("tokenizer")
+        vocab_size = self.model.hparams["vocab_size"]
+        self.tokenizer: Tokenizer | Numbers = Numbers(vocab_size) if dumped is None else load_tokenizer(dumped)
+
+    def stream(self, prompt: str, settings: Settings) -> Iterator[tuple[int, str]]:
+        """The prompt and what the model writes after it, in pieces, each with the number of its sample, in order.
+
+        The first sample comes as it is made, and the others, which are made beside it, as soon as they are next.
+
+        Raises:
+            InputError: the prompt is not UTF-8, or for a model without tokenizer not the numbers of tokens.
+        """
+        ids = self._ids(prompt)
+        seen = self.model.hparams["max_seq_len"]
+        if len(ids) > seen:
+            say(f"the prompt has {len(ids)} tokens: the model sees the last {seen}, its context")
+        texts = [TextStream(self.tokenizer, ids, settings.stop) for _ in range(settings.num_samples)]
+        pieces, sampler = [prompt] * settings.num_samples, settings.sampler()
+        vocab_size = self.tokenizer.vocab_size  # of the model it may be larger
+        tokens = torch.tensor([ids] * settings.num_samples, device=self.model.device)
+        steps = decode(self.model.transformer, tokens, lambda logits: sampler(logits[:, :vocab_size]))
+        turn = 0
+        for step, chosen in enumerate(steps, start=1):
+            for row, (text, token) in enumerate(zip(texts, chosen.tolist(), strict=True)):
+                if not text.is_over:
+                    pieces[row] += text.add(token)
+                    pieces[row] += text.finish() if step == settings.max_new_tokens else ""
+            while turn < len(texts):
+                if pieces[turn]:
+                    yield turn, pieces[turn]
+                    pieces[turn] = ""
+                if not texts[turn].is_over:
+                    break
+                turn += 1
+            else:
+                return
+
+    def _ids(self, prompt: str) -> list[int]:
+        try:
+            ids = array(self.tokenizer.typecode, self.tokenizer.encode([(prompt, False)])).tolist()
+        except UnicodeEncodeError as error:
+            raise InputError(f"prompt={prompt!r} is not UTF-8 text") from error
+        if ids:
+            return ids
+        if self.tokenizer.end_of_text is None:
+            raise InputError("the prompt is empty, and a model without tokenizer needs a token to begin with")
+        return [self.tokenizer.end_of_text]
+
+
+def write(prompt: str = "", ckpt_path: str | Path = "best", accelerator: str = "auto", **settings: Any) -> str:
+    """The prompt, and what a trained model writes after it; a document is begun where the prompt is empty.
+
+    Arguments and errors are those of `Writer` and `Settings`; of several samples it gives the first.
+    """
+    pieces = Writer(ckpt_path, accelerator).stream(prompt, Settings(**settings))
+    return "".join(piece for sample, piece in pieces if sample == 0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = jsonargparse.ArgumentParser(prog="python -m slm.generate", exit_on_error=False, allow_abbrev=False)
-    parser.add_function_arguments(write)
+    parser.add_class_arguments(Writer)
+    parser.add_argument("--prompt", action="append", default=[], help="a text to go on with; may be given again")
+    parser.add_argument("--prompt_file", action="append", default=[], help="a UTF-8 file that is one; likewise")
+    parser.add_class_arguments(Settings, skip={"stop"})
+    parser.add_argument("--stop", action="append", default=[], help="a text that ends what is written; likewise")
     with ends_in_one_line():
-        try:
-            settings = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
-        except jsonargparse.ArgumentError as error:
-            raise InputError(
-                explain_parser_error(str(error), dict.fromkeys(parser.get_defaults().keys(), ""))
-            ) from error
-        print(write(**settings))
+        given = vars(parse_flags(parser, argv))
+        prompts = [*given.pop("prompt"), *map(_read_prompt, given.pop("prompt_file"))]
+        ckpt_path, accelerator = given.pop("ckpt_path"), given.pop("accelerator")
+        settings = Settings(**given)
+        writer = Writer(ckpt_path, accelerator)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks
+        for number, prompt in enumerate(prompts, start=1):
+            _show(writer, prompt, settings, f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "")
+        if not prompts:
+            _converse(writer, settings)
+
+
+def _show(writer: Writer, prompt: str, settings: Settings, name: str = "") -> None:
+    """Print the texts as they are made; where there are several, stderr says before each which it is."""
+    before = -1
+    for sample, piece in writer.stream(prompt, settings):
+        if sample != before:
+            print(end="\n" if before >= 0 else "", flush=True)
+            names = [name, f"sample {sample + 1} of {settings.num_samples}" if settings.num_samples > 1 else ""]
+            if any(names):
+                say(f"--- {', '.join(filter(None, names))}")
+            before = sample
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def _converse(writer: Writer, settings: Settings) -> None:
+    """Go on with each line of the standard input; Ctrl-C in a terminal ends a text, Ctrl-D all of it."""
+    is_terminal, found = sys.stdin.isatty(), False
+    while True:
+        if is_terminal:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            check(found or is_terminal, "there is no prompt: give --prompt, --prompt_file, or lines to standard input")
+            return
+        if prompt := line.rstrip("\r\n"):
+            found = True
+            try:
+                _show(writer, prompt, settings)
+            except KeyboardInterrupt:
+                if not is_terminal:
+                    raise
+                print(flush=True)
+
+
+def _read_prompt(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"prompt_file={path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompt_file={path} is not UTF-8 text: byte {error.start}") from error
 
 
 if __name__ == "__main__":

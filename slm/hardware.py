@@ -71,7 +71,7 @@ def accelerator_kind(asked: str) -> str:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     found = next((kind for kind, is_there in there.items() if is_there), None)
     if (asked == "gpu" and found is None) or not there.get(asked, True):
-        raise InputError(f"trainer.accelerator={asked}: torch finds none on this machine; leave it out, or use cpu")
+        raise InputError(f"accelerator={asked}: torch finds none on this machine; leave it out, or use cpu")
     return (found or "cpu") if asked in ("auto", "gpu") else asked
 
 

@@ -4,7 +4,6 @@ B batch, T time, D embedding, V vocabulary.
 """
 
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,8 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import SumMetric
 
 from slm.accumulation import AccumulationWindow
-from slm.checkpoint import load_weights, open_checkpoint
-from slm.errors import InputError, NotFiniteError, check
+from slm.errors import NotFiniteError, check
 from slm.hardware import check_can_compile, compile_mode
 from slm.hyperparameters import adapt_states, check_applicable, check_ranges
 from slm.loss import linear_cross_entropy, sum_and_correct
@@ -229,22 +227,3 @@ class LanguageModel(LightningModule):
         """
         check_applicable(checkpoint["hyper_parameters"], self.hparams)
         adapt_states(checkpoint, self.hparams, fused=self._scaler is None)
-
-
-def load(ckpt_path: str | Path) -> LanguageModel:
-    """A trained model in eval mode, on the CPU.
-
-    Args:
-        ckpt_path: `last` or `best` (of the newest run under `runs/`), a run folder (its best), a `.ckpt` or a `.pt`.
-
-    Raises:
-        InputError: there is no such checkpoint, or it is damaged or foreign.
-    """
-    path, content = open_checkpoint(ckpt_path, prefer="best")
-    try:
-        with torch.random.fork_rng(devices=[]):  # a new model draws its weights from the caller's random numbers
-            model = LanguageModel(**content["hyper_parameters"])
-    except TypeError as error:
-        raise InputError(f"{path} does not fit this version of the model: {error}") from error
-    load_weights(model.transformer, content, path)
-    return model.eval()

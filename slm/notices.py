@@ -5,9 +5,12 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from slm.errors import InputError
 
 LOG_LINES = {
     "lightning.fabric.utilities.seed": [r"(\[rank: \d+\] )?Seed set to "],
@@ -77,6 +80,15 @@ class _Silence(logging.Filter):
 def say(message: str) -> None:
     """Print a line on stderr, once, however many processes there are."""
     print(message, file=sys.stderr, flush=True)
+
+
+def parse_flags(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
+    """The settings that a command line gives, by default this process's; raises InputError for what is wrong in it."""
+    try:
+        return parser.parse_args(list(sys.argv[1:] if argv is None else argv))
+    except ArgumentError as error:
+        known = dict.fromkeys(parser.get_defaults().keys(), "")
+        raise InputError(explain_parser_error(str(error), known)) from error
 
 
 def explain_parser_error(message: str, known: Mapping[str, str]) -> str:

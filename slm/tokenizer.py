@@ -35,6 +35,13 @@ PIECE_SIZE = 2**14
 """Characters that are encoded at once: a whole document would be, but for memory, and for the cores that share it."""
 
 
+def byte_characters() -> list[str]:
+    """The character that stands for each byte in byte-level BPE: itself where it is visible, else one from 256 on."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(NUM_BYTES, 2 * NUM_BYTES))
+    return [chr(byte) if byte in visible else chr(next(others)) for byte in range(NUM_BYTES)]
+
+
 class ByteTokenizer:
     """Every byte of UTF-8 is a token; the one that closes a document is a byte that UTF-8 never contains."""
 
@@ -43,6 +50,7 @@ class ByteTokenizer:
     end_of_text = 0xFF
     typecode = "B"
     is_exact = True
+    pieces = (*(bytes([byte]) for byte in range(end_of_text)), b"")
 
     def encode(self, pieces: Sequence[tuple[str, bool]]) -> bytes:
         """The ids of consecutive pieces of text, each with whether its document ends with it, closed there."""
@@ -55,9 +63,7 @@ class ByteTokenizer:
 
     def token_bytes(self) -> Tensor:
         """How many bytes of text each id (V,) stands for."""
-        lengths = torch.ones(NUM_BYTES)
-        lengths[self.end_of_text] = 0
-        return lengths
+        return torch.tensor([float(len(piece)) for piece in self.pieces])
 
     def dump(self) -> str:
         """What `load_tokenizer` makes it of again."""
@@ -124,16 +130,22 @@ class SubwordTokenizer:
             and set(_library().pre_tokenizers.ByteLevel.alphabet()) <= self._tokenizer.get_vocab().keys()
         )
 
-    def token_bytes(self) -> Tensor | None:
-        """How many bytes of text each id (V,) stands for; None where that is not known."""
+    @cached_property
+    def pieces(self) -> Sequence[bytes] | None:
+        """The bytes of text that each id stands for; None where that depends on the ids beside it, or is not known."""
         if not self.is_exact:
             return None
-        lengths = torch.zeros(self.vocab_size)
+        byte_of = {character: bytes([byte]) for byte, character in enumerate(byte_characters())}
+        pieces = [b""] * self.vocab_size
         for token, index in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            lengths[index] = len(token)  # a character stands for a byte
+            pieces[index] = b"".join(byte_of.get(character, character.encode()) for character in token)
         for token in json.loads(self.dump())["added_tokens"]:
-            lengths[token["id"]] = 0 if token["special"] else len(token["content"].encode())
-        return lengths
+            pieces[token["id"]] = b"" if token["special"] else token["content"].encode()
+        return pieces
+
+    def token_bytes(self) -> Tensor | None:
+        """How many bytes of text each id (V,) stands for; None where that is not known."""
+        return None if self.pieces is None else torch.tensor([float(len(piece)) for piece in self.pieces])
 
     def dump(self) -> str:
         """What `load_tokenizer` makes it of again: the JSON of the library."""

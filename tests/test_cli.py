@@ -348,7 +348,7 @@ def test_bad_input_is_one_line_with_the_value_and_the_remedy(refused: Run, argv:
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("kind", ["gpu", "cuda", "mps"])
 def test_an_accelerator_that_is_not_there_is_refused(refused: Run, kind: str) -> None:
-    assert f"trainer.accelerator={kind}: torch finds none on this machine" in refused(f"--trainer.accelerator={kind}")
+    assert f"error: accelerator={kind}: torch finds none on this machine" in refused(f"--trainer.accelerator={kind}")
 
 
 @pytest.mark.parametrize(
