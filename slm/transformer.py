@@ -7,7 +7,6 @@ weights fit one to one.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,25 +50,6 @@ def drop(x: Tensor, p: float) -> Tensor:
     return x * (kept.to(x.dtype) * (2**16 / (2**16 - dropped)))
 
 
-class Past:
-    """The keys and values of the positions that one attention layer has seen, with room for `max_seq_len` of them."""
-
-    def __init__(self, max_seq_len: int) -> None:
-        self.max_seq_len = max_seq_len
-        self.length = 0
-        self.keys = self.values = torch.empty(0)
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of the next positions, (B, H, T, D / H) each; returns those of all."""
-        if self.length == 0:
-            batch_size, num_heads, _, head_dim = k.shape
-            self.keys, self.values = k.new_empty(2, batch_size, num_heads, self.max_seq_len, head_dim)
-        start, self.length = self.length, self.length + k.shape[-2]
-        self.keys[:, :, start : self.length] = k
-        self.values[:, :, start : self.length] = v
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-
 class CausalSelfAttention(nn.Module):
     """Each position attends to itself and to those before it (Vaswani et al., 2017)."""
 
@@ -81,10 +61,8 @@ class CausalSelfAttention(nn.Module):
         self.out = nn.Linear(embed_dim, embed_dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
-        if past is not None:
-            k, v = past.extend(k, v)
         attended = causal_attention(q, k, v, self.attention_dropout if self.training else 0.0)
         return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))  # (B, T, D)
 
@@ -94,23 +72,18 @@ class CausalSelfAttention(nn.Module):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Softmax of the scaled scores of each position with those up to it, times v; all (B, H, T, D / H).
-
-    The queries are those of all positions, or that of the last one alone.
-    """
-    num_queries = q.shape[-2]
-    if q.device.type != "cpu" or num_queries > WRITTEN_OUT_UP_TO:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=num_queries > 1)
+    """Softmax of the scaled scores of each position with those up to it, times v; all (B, H, T, D / H)."""
+    if q.device.type != "cpu" or q.shape[-2] > WRITTEN_OUT_UP_TO:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     return drop(causal_weights(q, k), dropout) @ v
 
 
 def causal_weights(q: Tensor, k: Tensor) -> Tensor:
-    """How much each position attends to each up to it (B, H, T, T); the last one alone to all, if q is its alone."""
+    """How much each position attends to each one up to it, (B, H, T, T), of q and k (B, H, T, D / H)."""
+    seq_len = q.shape[-2]
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    num_queries = q.shape[-2]
-    if num_queries > 1:
-        scores = scores + torch.full((num_queries, num_queries), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    return scores.softmax(-1)
+    future = torch.full((seq_len, seq_len), -math.inf, dtype=scores.dtype, device=scores.device).triu(1)
+    return (scores + future).softmax(-1)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -147,8 +120,8 @@ class Block(nn.Module):
         self.ff_norm = nn.LayerNorm(embed_dim)
         self.ff = FeedForward(embed_dim, hidden_dim, dropout)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), past)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.attn_norm(x))
         return x + self.ff(self.ff_norm(x))
 
 
@@ -188,6 +161,7 @@ class Transformer(nn.Module):
         check(0.0 <= dropout < 1.0, f"dropout={dropout} must be at least 0 and below 1")
 
         self.max_seq_len = max_seq_len
+        self.num_heads = num_heads
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.position_embedding = nn.Embedding(max_seq_len, embed_dim)
         self.dropout = Dropout(dropout)
@@ -204,32 +178,18 @@ class Transformer(nn.Module):
                 is_residual = name.endswith(("attn.out.weight", "ff.down.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if is_residual else 0.02)
 
-    def forward(self, tokens: Tensor, cache: Sequence[Past] | None = None) -> Tensor:
-        """Hidden states (B, T, D) of tokens (B, T).
-
-        Args:
-            tokens: a whole sequence, or with a `new_cache` that has seen its beginning, the next token of it (B, 1).
-            cache: of a sequence that is still growing; it is extended.
-
-        Raises:
-            InputError: the sequence is longer than `max_seq_len`.
-        """
-        start = cache[0].length if cache is not None else 0
-        end = start + tokens.shape[1]
-        if end > self.max_seq_len:
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Hidden states (B, T, D) of tokens (B, T); raises InputError where T is above `max_seq_len`."""
+        seq_len = tokens.shape[1]
+        if seq_len > self.max_seq_len:
             raise InputError(
-                f"a sequence of {end} tokens is longer than max_seq_len={self.max_seq_len}: "
+                f"a sequence of {seq_len} tokens is longer than max_seq_len={self.max_seq_len}: "
                 "shorten it, or train a model with a larger max_seq_len"
             )
-        x = self.dropout(self.token_embedding(tokens) + self.position_embedding.weight[start:end])  # (B, T, D)
-        pasts: Sequence[Past | None] = cache or [None] * len(self.blocks)
-        for block, past in zip(self.blocks, pasts, strict=True):
-            x = block(x, past)
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding.weight[:seq_len])  # (B, T, D)
+        for block in self.blocks:
+            x = block(x)
         return self.final_norm(x)
-
-    def new_cache(self) -> list[Past]:
-        """An empty `Past` for each block, for sequences (B, T) that grow up to `max_seq_len`."""
-        return [Past(self.max_seq_len) for _ in self.blocks]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer, tied to the token embedding: hidden states (..., D) to logits (..., V)."""
