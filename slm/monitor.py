@@ -71,7 +71,7 @@ def _is_logging(trainer: Trainer) -> bool:
 
 
 class StepMonitor(Callback):
-    """Logs the learning rate, and trained tokens over wall time between two log points, on all devices together.
+    """Logs the learning rate, the tokens trained on, and how many a second between two log points, on all devices.
 
     Fetching data and logging count; the clock stands still from the start of a validation or the writing of a
     checkpoint to the next training batch.
@@ -82,8 +82,19 @@ class StepMonitor(Callback):
         self._elapsed = 0.0
         self._tokens = 0
         self._logged_step = 0
+        self._step = 0
+        self._window_tokens = 0
+        self._all_tokens = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the steps that are done: an accumulation window that is not is trained again."""
+        return {"tokens": self._all_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._all_tokens = state_dict["tokens"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step = trainer.global_step
         if self._running_since is None:
             self._running_since = time.perf_counter()
 
@@ -91,10 +102,14 @@ class StepMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
         self._tokens += batch[0].numel() * trainer.world_size
+        self._window_tokens += batch[0].numel() * trainer.world_size
         step = trainer.global_step
+        if step != self._step:
+            self._all_tokens, self._window_tokens = self._all_tokens + self._window_tokens, 0
         if _is_logging(trainer) and step != self._logged_step:
             self._stop_clock()
             pl_module.log(SPEED, self._tokens / self._elapsed)
+            pl_module.log("train/tokens", float(self._all_tokens))
             pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"])
             self._running_since = time.perf_counter()
             self._elapsed, self._tokens, self._logged_step = 0.0, 0, step

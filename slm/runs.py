@@ -1,0 +1,180 @@
+"""What the runs of a folder reached, side by side: `python -m slm.runs`."""
+
+import inspect
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+
+from slm.arguments import read_settings
+from slm.checkpoint import RUNS
+from slm.curves import Curve, read_curves, seconds_drawn
+from slm.endings import ends_in_one_line
+from slm.errors import InputError, check
+from slm.notices import parse_flags, say
+from slm.transformer import Transformer
+
+UNTOLD = ("trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir")
+"""Settings that change nothing in what a run reaches."""
+COLUMNS = ("run", "val/loss", "bits/byte", "parameters", "tokens", "time", "tokens/s", "what differs")
+
+
+@dataclass
+class Run:
+    """A run's folder, read.
+
+    Attributes:
+        path: the folder.
+        settings: from its `config.yaml`, flat, by dotted name.
+        curves: by tag.
+        seconds: how long it was going.
+        best_step: of its best validation, counted as TensorBoard does; None where it has none.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+    curves: Mapping[str, Curve]
+    seconds: float
+    best_step: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        losses = [(loss, step) for step, loss in self.curves.get("val/loss", []) if math.isfinite(loss)]
+        self.best_step = min(losses)[1] if losses else None
+
+    def last_step(self, num_steps: int) -> int | None:
+        """The last validation of so many steps, counted likewise."""
+        return max((step for step, _ in self.curves.get("val/loss", []) if step < num_steps), default=None)
+
+    def best(self, tag: str) -> float | None:
+        """What a curve was at the best validation; None where it has no point there."""
+        return dict(self.curves.get(tag, [])).get(-1 if self.best_step is None else self.best_step)
+
+    def tokens(self) -> int | None:
+        """Tokens trained on, as far as was logged."""
+        return round(self.curves["train/tokens"][-1][1]) if "train/tokens" in self.curves else None
+
+    def figures(self, step: int | None) -> Iterator[tuple[str, str]]:
+        """What it reached at the validation of a step, and what it took: names and values."""
+        if step is None:
+            yield "val/loss", "not known: its run has no validation of it"
+        for tag in ("val/loss", "val/optimum", "val/perplexity", "val/accuracy", "val/bits_per_byte"):
+            at = dict(self.curves.get(tag, []))
+            if step in at:
+                yield tag, f"{at[step]:.3f}"
+        if step is not None:
+            yield "optimizer steps", f"{step + 1:,}"
+        if (tokens := self.tokens()) is not None:
+            yield "tokens of the whole run", f"{tokens:,}"
+        yield "time of the whole run", duration(self.seconds)
+
+    def tokens_per_second(self) -> float | None:
+        """The median over the logged stretches."""
+        speeds = [value for _, value in self.curves.get("train/tokens_per_second", [])]
+        return statistics.median(speeds) if speeds else None
+
+    def num_parameters(self) -> int:
+        """Of its network; raises InputError where the settings give no network."""
+        sizes: dict[str, Any] = {
+            name: self.settings.get(f"model.{name}") for name in inspect.signature(Transformer).parameters
+        }
+        missing = [name for name, size in sizes.items() if not isinstance(size, int | float)]
+        check(not missing, f"{self.path / 'config.yaml'} does not give model.{', model.'.join(missing)}: restore it")
+        with torch.device("meta"):
+            return sum(weight.numel() for weight in Transformer(**sizes).parameters())
+
+
+def read_run(path: Path) -> Run:
+    """Read a run's folder; raises InputError where its `config.yaml` cannot be used."""
+    return Run(path, dict(_flat(read_settings(str(path / "config.yaml")))), read_curves(path), seconds_drawn(path))
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Runs in Markdown, the best first: by bits per byte where all have them, else by validation loss."""
+    have_bits = all(run.best("val/bits_per_byte") is not None for run in runs)
+    told = sorted({name for run in runs for name in run.settings} - {*UNTOLD})
+    differing = [name for name in told if len({str(run.settings.get(name)) for run in runs}) > 1]
+    rows: list[tuple[str, ...]] = [COLUMNS]
+    for run in sorted(runs, key=lambda run: _or_last(run.best("val/bits_per_byte" if have_bits else "val/loss"))):
+        differs = ", ".join(f"{name}={_as_flag(run.settings[name])}" for name in differing if name in run.settings)
+        rows.append(
+            (
+                run.path.name,
+                _shown(run.best("val/loss"), ".3f"),
+                _shown(run.best("val/bits_per_byte"), ".3f"),
+                f"{run.num_parameters():,}",
+                _shown(run.tokens(), ",d"),
+                duration(run.seconds),
+                _shown(run.tokens_per_second(), ",.0f"),
+                differs.replace("|", r"\|"),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |".rstrip() for row in rows
+    )
+
+
+def duration(seconds: float) -> str:
+    """Like 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _or_last(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _as_flag(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _shown(value: float | None, style: str) -> str:
+    return "" if value is None else format(value, style)
+
+
+def _flat(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(settings, dict) and settings:
+        for key, value in settings.items():
+            yield from _flat(value, f"{name}.{key}".removeprefix(".").replace(".init_args", ""))
+    else:
+        yield name, settings
+
+
+def show(runs: Path = RUNS) -> None:
+    """Print what the runs of a folder reached, side by side, the best first.
+
+    Args:
+        runs: the folder that they are in.
+    """
+    found, unread = [], []
+    for config in sorted(runs.glob("*/config.yaml")):
+        try:
+            run = read_run(config.parent)
+            run.num_parameters()
+            found.append(run)
+        except InputError as error:
+            unread.append(str(error))
+    for line in unread:
+        say(f"left out: {line}")
+    check(bool(found), f"there is no run under {runs.absolute()}: start one with `python train.py`, or give --runs")
+    print(table(found))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = jsonargparse.ArgumentParser(prog="python -m slm.runs", exit_on_error=False, allow_abbrev=False)
+    parser.add_function_arguments(show)
+    with ends_in_one_line():
+        show(**vars(parse_flags(parser, argv)))
+
+
+if __name__ == "__main__":
+    main()
