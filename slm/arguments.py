@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from slm.checkpoint import RUNS, WEIGHTS_NAME, open_checkpoint, resolve_checkpoint
 from slm.errors import InputError, check
+from slm.hyperparameters import SHAPES
 from slm.notices import say
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -64,6 +65,8 @@ class Request:
     """What the checkpoint holds."""
     run: Path | None = None
     """The folder of the run that goes on; None for a new one, and for an evaluation."""
+    initial: tuple[Path, dict[str, Any]] | None = None
+    """A file whose weights a new run begins with, and its content."""
 
 
 def read_request(argv: Sequence[str]) -> Request:
@@ -81,7 +84,12 @@ def read_request(argv: Sequence[str]) -> Request:
     flags, ckpt_paths = _take_option(given, "--ckpt_path")
     _refuse_ignored(flags)
     request = Request(subcommand, flags)
-    if ckpt_paths:
+    initial = _take_option(flags, "--init_from")[1]
+    if initial:
+        others = "--ckpt_path" if ckpt_paths else subcommand if subcommand != "fit" else ""
+        check(not others, f"--init_from={initial[-1]} begins a new run, {others} goes on with one: give one of them")
+        _begin_with(request, initial[-1])
+    elif ckpt_paths:
         _find_checkpoint(request, ckpt_paths[-1])
     elif subcommand != "fit" and not {"-h", "--help", "--print_config"} & set(flags):
         raise InputError(f"{subcommand} needs --ckpt_path: last, best, a run folder or a checkpoint file")
@@ -145,6 +153,20 @@ def _find_checkpoint(request: Request, ckpt_path: str) -> None:
         named = _take_option(request.flags, "-c", "--config", "--data")[1]
         check(bool(named), f"{path} does not say what data of ours it was trained on: name it with --data or --config")
     request.stored = [f"--config={json.dumps(settings)}"]
+
+
+def _begin_with(request: Request, init_from: str) -> None:
+    """Let a new run have the shapes and, unless other data is chosen, the kind of text of the file it begins with."""
+    path, content = request.initial = open_checkpoint(init_from, prefer="best")
+    shapes = {name: content["hyper_parameters"][name] for name in SHAPES}
+    for name, size in shapes.items():
+        for asked in _take_option(request.flags, f"--model.{name}")[1]:
+            has = f"cannot apply to the weights in {path}, which have {name}={size}: leave it out"
+            check(asked == str(size), f"{name}={asked} {has}")
+    if (tokenizer := content.get("tokenizer")) is not None:
+        text = {"class_path": "TextData", "init_args": {"tokenizer": "bytes" if tokenizer == "bytes" else "bpe"}}
+        request.stored = [f"--config={json.dumps({'data': text})}"]
+    request.flags = [*request.flags, f"--config={json.dumps({'model': shapes})}"]
 
 
 def _take_option(flags: Sequence[str], *names: str) -> tuple[list[str], list[str]]:
@@ -215,3 +237,13 @@ def say_what_changed(before: Mapping[str, Any], now: Mapping[str, Any], request:
             is_meant = True
         say(f"{name} is now {value} (the run had {stored})")
     return is_meant
+
+
+def check_same_data(request: Request, fingerprint: str | None) -> None:
+    """Raise InputError where a run would go on with data that has changed."""
+    stored = (request.content or {}).get("fingerprint")
+    check(
+        stored in (None, fingerprint),
+        f"the data is not what {request.checkpoint} was trained on: its fingerprint is {fingerprint}, the run had "
+        f"{stored}; restore it, or say --allow_changed_data true",
+    )

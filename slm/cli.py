@@ -14,10 +14,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
-from slm.arguments import LINKED, CommandLineTrainer, read_request, read_settings, say_what_changed
-from slm.checkpoint import RUNS, claim_run, load_weights
+from slm.arguments import LINKED, CommandLineTrainer, check_same_data, read_request, read_settings, say_what_changed
+from slm.checkpoint import RUNS, claim_run, load_weights, open_checkpoint
 from slm.data import NAMED_TOKENIZERS, DummyData, TextData
 from slm.endings import command, ends_in_one_line
 from slm.errors import InputError, check
@@ -25,10 +24,11 @@ from slm.hardware import accelerator_kind, keep_freed_memory, resolve_precision
 from slm.hyperparameters import check_applicable
 from slm.keeper import begin, hold, take_over
 from slm.module import LanguageModel
-from slm.monitor import HPARAMS_LOSS, closing_report
 from slm.notices import explain_parser_error, say, silence_notices
 from slm.policy import find_default_config, trainer_arguments
+from slm.report import closing_report, evaluated, show_in_tensorboard
 from slm.token_data import TokenData
+from slm.watch import Watch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,6 +45,7 @@ class CommandLine(LightningCLI):
     model: LanguageModel
     datamodule: TokenData
     lock: AbstractContextManager[Any] = nullcontext()
+    is_other_data_meant = False
 
     def __init__(self, argv: list[str]) -> None:
         self.argv = argv
@@ -67,8 +68,10 @@ class CommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in LINKED:
             parser.link_arguments(f"model.{name}", f"data.init_args.{name}")
+        parser.add_class_arguments(Watch, "watch")
         about = "let a run go on with other data than it was trained on; its best loss is then forgotten"
         parser.add_argument("--allow_changed_data", type=bool, default=False, help=about)
+        parser.add_argument("--init_from", type=str | None, help="a run, .ckpt or .pt: a new run begins as it ended")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse `argv`; with `--ckpt_path`, on top of the settings that belong to the checkpoint."""
@@ -83,7 +86,10 @@ class CommandLine(LightningCLI):
         check(0 <= seed < 2**32, f"seed_everything={seed} must be at least 0 and below 2**32")
         if request.content is not None:
             check_applicable(request.content["hyper_parameters"], dict(settings.model))
-        if request.stored:
+        if settings.init_from is not None and request.content is None:
+            request.initial = request.initial or open_checkpoint(settings.init_from, prefer="best")
+            settings.init_from = str(request.initial[0].absolute())
+        elif request.stored:
             before = vars(self._parse([request.subcommand, *request.stored])[request.subcommand].as_flat())
             self.is_other_data_meant = say_what_changed(before, vars(settings.as_flat()), request)
 
@@ -132,10 +138,15 @@ class CommandLine(LightningCLI):
         precision, reason = resolve_precision(str(asked.precision or "32-true"), accelerator)
         if reason:
             say(reason)
-        if self.request.content is not None:
-            self.datamodule.continue_with(self.request.content.get("tokenizer"))
+        before = self.request.content
+        if self.request.initial is not None:
+            path, before = self.request.initial
+            load_weights(self.model.transformer, before, path)
+        if before is not None:
+            self.datamodule.continue_with(before.get("tokenizer"))
         self.datamodule.setup()
-        self._check_fingerprint()
+        if self.subcommand == "fit" and not self.is_other_data_meant:
+            check_same_data(self.request, self.datamodule.fingerprint)
         keeps = self.subcommand == "fit" and not asked.fast_dev_run
         self.run = self.request.run if keeps else None
         self.is_new_run = keeps and self.run is None
@@ -153,21 +164,13 @@ class CommandLine(LightningCLI):
             if not content:
                 begin(self.run, config, self.datamodule.tokenizer)
         first_step = None if self.is_new_run else content.get("global_step", 0)
-        arguments = trainer_arguments(asked, str(self.subcommand), precision, self.run, config, first_step)
+        watch = self._get(self.config_init, "watch")
+        arguments = trainer_arguments(asked, str(self.subcommand), precision, self.run, config, first_step, watch)
         try:
             return super().instantiate_trainer(**arguments)
         except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
             self._drop_new_run()
             raise InputError(f"the Trainer refuses its settings: {error}") from error
-
-    def _check_fingerprint(self) -> None:
-        stored = (self.request.content or {}).get("fingerprint")
-        same = self.subcommand != "fit" or stored in (None, self.datamodule.fingerprint) or self.is_other_data_meant
-        check(
-            same,
-            f"the data is not what {self.request.checkpoint} was trained on: its fingerprint is "
-            f"{self.datamodule.fingerprint}, the run had {stored}; restore it, or say --allow_changed_data true",
-        )
 
     def _config_text(self) -> str:
         """The settings in force, as they were asked for."""
@@ -210,28 +213,26 @@ class CommandLine(LightningCLI):
             say(f"nothing was left to do: the run had already done its {done_before} steps; ask for more as below")
         metrics: Mapping[str, Any] = trainer.callback_metrics
         best = self.run / "checkpoints" / "best.ckpt" if self.run is not None else None
-        if best is not None and best.is_file():
+        has_best = best is not None and best.is_file()
+        if has_best:
             trainer.logger = None
             if trainer.progress_bar_callback is not None:
                 trainer.progress_bar_callback.disable()
             [metrics] = trainer.validate(
                 self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False, weights_only=True
             )
-            for logger in loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    hparams = {**self.datamodule.hparams, **self.model.hparams}
-                    logger.log_hyperparams(hparams, {HPARAMS_LOSS: metrics["val/loss"]}, trainer.global_step)
-                    logger.save()
+        if self.run is not None:
+            hparams, reached = (
+                {**self.datamodule.hparams, **self.model.hparams},
+                metrics["val/loss"] if has_best else None,
+            )
+            figure, step = self._get(self.config_init, "watch").loss_figure, trainer.global_step
+            show_in_tensorboard(loggers, self.run, hparams, reached, self.datamodule.optimum, step, figure)
         if trainer.is_global_zero:
             print(closing_report(trainer, self.datamodule, metrics, self.run, command()))
 
     def after_validate(self) -> None:
-        windows = self.datamodule.val_windows
-        assert windows is not None
-        used = sum(self.trainer.num_val_batches if self.subcommand == "validate" else self.trainer.num_test_batches)
-        there = len(self.datamodule.val_dataloader())
-        part = "" if used >= there else f", only the first {used} of its {there} batches"
-        say(f"{self.subcommand}: the held-out split, {len(windows)} windows of {windows.seq_len} tokens{part}")
+        say(evaluated(self.trainer, self.datamodule, str(self.subcommand)))
 
     after_test = after_validate
 

@@ -8,7 +8,9 @@ import torch
 from slm.errors import check
 from slm.optimizer import OPTIMIZERS
 
-FIXED = ("vocab_size", "embed_dim", "num_heads", "num_layers", "hidden_dim", "max_seq_len", "optimizer", "schedule")
+SHAPES = ("vocab_size", "embed_dim", "num_heads", "num_layers", "hidden_dim", "max_seq_len")
+"""Those that the weights are tied to."""
+FIXED = (*SHAPES, "optimizer", "schedule")
 """Those that the weights or the optimizer's state are tied to."""
 
 

@@ -16,6 +16,7 @@ from slm.errors import check
 from slm.keeper import BestCheckpoint, LastCheckpoint, SelfContained
 from slm.monitor import KnownLimits, ProgressBar, StepMonitor
 from slm.resume import ExactResume
+from slm.watch import Watch, Watcher
 
 
 def find_default_config() -> Path:
@@ -28,7 +29,13 @@ def find_default_config() -> Path:
 
 
 def trainer_arguments(
-    asked: Mapping[str, Any], subcommand: str, precision: str, run: Path | None, config: str, first_step: int | None
+    asked: Mapping[str, Any],
+    subcommand: str,
+    precision: str,
+    run: Path | None,
+    config: str,
+    first_step: int | None,
+    watch: Watch,
 ) -> dict[str, Any]:
     """What differs from the settings asked for: the project's own joins them, and its places are in the run's folder.
 
@@ -39,6 +46,7 @@ def trainer_arguments(
         run: the run's folder; None where nothing is kept.
         config: the settings in force, for the run's `config.yaml`.
         first_step: where a resumed run goes on; None for a new one.
+        watch: what is shown in TensorBoard beside the curves.
     """
     callbacks: list[Callback] = [*(asked["callbacks"] or []), KnownLimits()]
     shows_bar = asked["enable_progress_bar"] is not False and subcommand != "predict"
@@ -50,7 +58,7 @@ def trainer_arguments(
         first.append(resume)
         callbacks += [StepMonitor(), SelfContained()]
         if run is not None:
-            callbacks.append(ConfigKeeper(run / "config.yaml", config))
+            callbacks += [ConfigKeeper(run / "config.yaml", config), Watcher(watch)]
             if asked["enable_checkpointing"] is not False:
                 first.append(LastCheckpoint(run, resume))
                 callbacks.append(BestCheckpoint(run))
