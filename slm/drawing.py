@@ -11,12 +11,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-WIDTH, HEIGHT = 960, 540
-LEFT, RIGHT, TOP, BOTTOM = 70, 24, 64, 56
-FONT_SIZE = 14
+WIDTH, HEIGHT = 640, 440
+LEFT, RIGHT, TOP, BOTTOM = 64, 20, 62, 52
+FONT_SIZE = 15
 INK, GREY, FAINT = "#202124", "#5f6368", "#e3e5e8"
 CELL = 14
 """Pixels of one weight of attention."""
+HEADS_IN_A_ROW = 2  # TensorBoard shows a picture 330 pixels wide, until it is clicked
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,6 @@ def loss_chart(title: str, lines: Sequence[Line], optimum: float | None, drops: 
         draw.text((at(step, low)[0], HEIGHT - BOTTOM + 6), f"{step:,g}", GREY, font, anchor="mt")
     draw.line([at(0, high), at(0, low), at(last, low)], GREY)
     draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8), "optimizer steps", GREY, font, anchor="mb")
-    draw.text((8, TOP - 10), "nats per token", GREY, font, anchor="lb")
 
     legend = [(line.name, line.color) for line in lines]
     for step in drops:
@@ -79,11 +79,11 @@ def loss_chart(title: str, lines: Sequence[Line], optimum: float | None, drops: 
             for point in drawn:
                 draw.circle(point, 4, line.color)
 
-    draw.text((LEFT, 6), title, INK, font)
-    x: float = WIDTH - RIGHT - sum(draw.textlength(name, font) + 44 for name, _ in legend)
+    draw.text((8, 6), f"{title}: nats per token", INK, font)
+    x: float = LEFT - 8
     for name, color in legend:
-        draw.line([(x + 8, 14), (x + 30, 14)], color, width=3)
-        draw.text((x + 36, 6), name, INK, font)
+        draw.line([(x + 8, 42), (x + 30, 42)], color, width=3)
+        draw.text((x + 36, 34), name, INK, font)
         x += draw.textlength(name, font) + 44
     return image
 
@@ -112,7 +112,7 @@ def attention_image(weights: Tensor, tokens: Sequence[str], title: str) -> Image
     font = ImageFont.load_default(FONT_SIZE - 3)
     margin = 8 + round(max(font.getlength(token) for token in tokens))
     side = seq_len * CELL
-    columns = min(num_heads, 4)
+    columns = min(num_heads, HEADS_IN_A_ROW)
     rows = math.ceil(num_heads / columns)
     image = Image.new("RGB", (columns * (margin + side + 8), 24 + rows * (24 + margin + side)), "white")
     draw = ImageDraw.Draw(image)
