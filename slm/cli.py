@@ -50,9 +50,8 @@ class CommandLine(LightningCLI):
     def __init__(self, argv: list[str]) -> None:
         self.argv = argv
         shared = {"exit_on_error": False, "allow_abbrev": False}
-        default_config = find_default_config()
-        read_settings(str(default_config))
-        default = {"default_config_files": [str(default_config)]}
+        default = str(find_default_config())
+        read_settings(default)
         super().__init__(
             LanguageModel,
             TokenData,
@@ -62,7 +61,7 @@ class CommandLine(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs=shared | dict.fromkeys(self.subcommands(), shared | default),
+            parser_kwargs=shared | dict.fromkeys(self.subcommands(), shared | {"default_config_files": [default]}),
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

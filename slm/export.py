@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-
 from slm.checkpoint import WEIGHTS_NAME, DurableCheckpointIO, open_checkpoint
 from slm.durable import TEMPORARY
 from slm.endings import ends_in_one_line
 from slm.errors import NotWrittenError, check
 from slm.gpt2 import as_gpt2, as_gpt2_tokenizer, read_gpt2
-from slm.notices import parse_flags, say
+from slm.notices import new_parser, parse_flags, say
 from slm.runs import read_run
 from slm.trained import restore
 
@@ -143,7 +141,7 @@ def run(ckpt_path: str = "best", from_gpt2: Path | None = None, output: Path | N
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = jsonargparse.ArgumentParser(prog="python -m slm.export", exit_on_error=False, allow_abbrev=False)
+    parser = new_parser("export")
     parser.add_function_arguments(run)
     with ends_in_one_line():
         run(**vars(parse_flags(parser, argv)))

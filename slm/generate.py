@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import torch
 
 from slm.checkpoint import open_checkpoint
@@ -16,7 +15,7 @@ from slm.decoding import Sampler, decode
 from slm.endings import ends_in_one_line
 from slm.errors import InputError, check
 from slm.hardware import accelerator_kind
-from slm.notices import parse_flags, say
+from slm.notices import new_parser, parse_flags, say
 from slm.streaming import Numbers, TextStream
 from slm.tokenizer import Tokenizer, load_tokenizer
 from slm.trained import restore
@@ -134,7 +133,7 @@ def write(prompt: str = "", ckpt_path: str | Path = "best", accelerator: str = "
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = jsonargparse.ArgumentParser(prog="python -m slm.generate", exit_on_error=False, allow_abbrev=False)
+    parser = new_parser("generate")
     parser.add_class_arguments(Writer)
     parser.add_argument("--prompt", action="append", default=[], help="a text to go on with; may be given again")
     parser.add_argument("--prompt_file", action="append", default=[], help="a UTF-8 file that is one; likewise")

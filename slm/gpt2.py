@@ -120,6 +120,8 @@ def read_gpt2(folder: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # the library's own are of many kinds
         raise InputError(f"from_gpt2={folder} cannot be read as a GPT-2: {error}") from error
+    untold = sorted(loading["unexpected_keys"])
+    check(not untold, f"{folder} has weights that its config.json does not tell of: {', '.join(untold[:3])}")
     missing = sorted({*loading["missing_keys"]} - {"lm_head.weight"})
     check(not missing, f"{folder} has no weights for {', '.join(missing[:3])}{' and more' if missing[3:] else ''}")
     sizes = {ours: getattr(config, name) for ours, name in SIZES.items()}
@@ -168,11 +170,18 @@ def _library_tokenizer(dumped: str | None, vocab_size: int) -> tuple[Any, str | 
 
 def _dumped_tokenizer(folder: Path, vocab_size: int) -> str | None:
     """The tokenizer in a folder, as a checkpoint holds it; None where there is none, or numbers alone."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        return None
+    import tokenizers
+
     try:
-        library = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
-    except Exception as error:  # the library's own are of many kinds
+        if (folder / "tokenizer.json").is_file():
+            library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        elif (folder / "vocab.json").is_file():  # of the days before that
+            library = (
+                import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+            )
+        else:
+            return None
+    except Exception as error:  # the libraries' own are of many kinds
         raise InputError(f"{folder} has a tokenizer that cannot be read: {error}") from error
     for dumped in (None, "bytes"):
         if library.get_vocab() == _library_tokenizer(dumped, vocab_size)[0].get_vocab():

@@ -82,6 +82,11 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def new_parser(module: str) -> ArgumentParser:
+    """The parser of the command `python -m slm.MODULE`."""
+    return ArgumentParser(prog=f"python -m slm.{module}", exit_on_error=False, allow_abbrev=False)
+
+
 def parse_flags(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
     """The settings that a command line gives, by default this process's; raises InputError for what is wrong in it."""
     try:

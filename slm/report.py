@@ -16,6 +16,8 @@ from PIL.Image import Image
 from slm.curves import Curve, read_curves
 from slm.drawing import Line, loss_chart
 from slm.durable import replacing
+from slm.errors import NotWrittenError
+from slm.notices import say
 from slm.token_data import TokenData
 
 HPARAMS_LOSS = "best/val_loss"
@@ -50,8 +52,11 @@ def show_in_tensorboard(
         curves = read_curves(run) if has_figure else {}
         if curves:
             image = losses(run.name, curves, optimum, hparams["schedule"] == "plateau")
-            with replacing(run / FIGURE) as file:
-                image.save(file, "PNG")
+            try:
+                with replacing(run / FIGURE) as file:
+                    image.save(file, "PNG")
+            except NotWrittenError as error:
+                say(str(error))
             logger.experiment.add_image("losses", np.asarray(image), step, dataformats="HWC")
             logger.save()
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import torch
 
 from slm.arguments import read_settings
@@ -17,7 +16,7 @@ from slm.checkpoint import RUNS
 from slm.curves import Curve, read_curves, seconds_drawn
 from slm.endings import ends_in_one_line
 from slm.errors import InputError, check
-from slm.notices import parse_flags, say
+from slm.notices import new_parser, parse_flags, say
 from slm.transformer import Transformer
 
 UNTOLD = ("trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir")
@@ -161,7 +160,7 @@ def show(runs: Path = RUNS) -> None:
             run.num_parameters()
             found.append(run)
         except InputError as error:
-            unread.append(str(error))
+            unread.append(" ".join(str(error).split()))
     for line in unread:
         say(f"left out: {line}")
     check(bool(found), f"there is no run under {runs.absolute()}: start one with `python train.py`, or give --runs")
@@ -170,7 +169,7 @@ def show(runs: Path = RUNS) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = jsonargparse.ArgumentParser(prog="python -m slm.runs", exit_on_error=False, allow_abbrev=False)
+    parser = new_parser("runs")
     parser.add_function_arguments(show)
     with ends_in_one_line():
         show(**vars(parse_flags(parser, argv)))

@@ -62,8 +62,9 @@ class TextStream:
         self._held += self._decoded(token)
         found = [at for at in map(self._held.find, self._stops) if at >= 0]
         if found:
+            text, self._held = self._held[: min(found)], ""
             self.is_over = True
-            return self._held[: min(found)]
+            return text
         may_be = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
         shown = len(self._held) - max(may_be, default=0)
         text, self._held = self._held[:shown], self._held[shown:]

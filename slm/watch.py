@@ -18,6 +18,7 @@ from torch import Tensor
 
 from slm.decoding import Sampler, decode
 from slm.drawing import attention_image
+from slm.notices import say
 from slm.resume import is_fitting
 from slm.streaming import Numbers, TextStream
 from slm.token_data import TokenData
@@ -82,8 +83,11 @@ class Watcher(Callback):
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.watch.embedding:
-            for writer in _writers(trainer):
-                _show_embedding(trainer, pl_module, writer)
+            try:
+                for writer in _writers(trainer):
+                    _show_embedding(trainer, pl_module, writer)
+            except OSError as error:
+                say(f"the embedding cannot be written: {error.strerror}")
 
     def _samples(self, trainer: Trainer, module: Any) -> str:
         """In Markdown: the beginnings of held-out windows, and how the model goes on with them."""

@@ -84,7 +84,12 @@ def test_a_run_leaves_one_folder_and_a_report_that_names_it(slm: Run, workdir: P
     events = {name for name in files if name.startswith("events.out.tfevents.")}
     assert events
     checkpoints = {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
-    assert files - events == {".lock", "config.yaml", "hparams.yaml", "simple_language_model.pt"} | checkpoints
+    pictures = {"loss.png", "projector_config.pbtxt"}
+    pictures |= {f"00008/token_embedding/{name}.tsv" for name in ("tensors", "metadata")}
+    assert (
+        files - events - pictures == {".lock", "config.yaml", "hparams.yaml", "simple_language_model.pt"} | checkpoints
+    )
+    assert pictures <= files
     report = dict(
         re.findall(r"^(val/loss|perplexity|accuracy|run|best|last|see curves|resume|go longer) +(.+)$", output, re.M)
     )
@@ -109,7 +114,7 @@ def test_the_report_gives_the_loss_of_the_best_checkpoint(slm: Run) -> None:
 def test_nothing_is_printed_that_the_project_did_not_mean(workdir: Path) -> None:
     result = run_command(str(ROOT / "train.py"), *SMALL, cwd=workdir)
     assert result.returncode == 0, result.stderr
-    allowed = "val/loss|perplexity|accuracy|run|best|last|see curves|resume|go longer"
+    allowed = "val/loss|perplexity|accuracy|run|best|last|losses|see curves|resume|go longer"
     assert [line for line in result.stdout.splitlines() if not re.match(rf"({allowed}) ", line)] == []
     assert [line for line in result.stderr.splitlines() if not line.startswith("precision 16-mixed becomes")] == []
 

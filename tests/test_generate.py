@@ -1,22 +1,19 @@
 """A trained model writes text: what it is asked for, the same each time, or one line that says why not."""
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import fit, small_model
 
+import slm
 from slm.data import TextData
-from slm.generate import main, next_tokens, write
-from slm.module import LanguageModel
+from slm.generate import Settings, Writer, main, write
 
 RHYME = "one two three four five six seven. "
-
-
-def follow(model: LanguageModel, tokens: list[int], count: int, temperature: float = 0.0, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    stream = next_tokens(model.eval(), torch.tensor(tokens), temperature, generator)
-    return [next(stream) for _ in range(count)]
+GREEDY = ["--temperature=0", "--max_new_tokens=8"]
 
 
 @pytest.fixture(scope="module")
@@ -26,40 +23,65 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rhyme.txt").write_text(RHYME * 200)
     data = TextData(256, 16, path=str(folder / "rhyme.txt"), batch_size=8)
     model = small_model(vocab_size=256, learning_rate=1e-2)
-    fit(model, data, max_epochs=4, limit_val_batches=1)
+    fit(model, data, max_epochs=12, limit_val_batches=1)
     content = {"hyper_parameters": dict(model.hparams), "tokenizer": "bytes"}
     torch.save({**content, "state_dict": model.transformer.state_dict()}, folder / "weights.pt")
     return folder / "weights.pt"
 
 
-def test_greedy_tokens_are_the_likeliest_after_the_last_window() -> None:
-    model = small_model().eval()
-    tokens = list(range(14))
-    for token in follow(model, tokens, 6):
-        window = torch.tensor([tokens[-16:]])
-        assert token == model(window)[0, -1].argmax()
-        tokens.append(token)
-
-
-def test_tokens_are_drawn_with_their_probabilities() -> None:
-    model = small_model()
-    model.transformer.token_embedding.weight.data *= 20  # far from uniform
-    drawn = torch.tensor([follow(model, [3], 1, temperature=0.7, seed=seed)[0] for seed in range(2000)])
-    expected = (model(torch.tensor([[3]]))[0, -1] / 0.7).softmax(-1)
-    assert torch.bincount(drawn, minlength=20) / 2000 == pytest.approx(expected.detach(), abs=0.05)
-
-
-def test_the_seed_decides() -> None:
-    model = small_model()
-    assert follow(model, [1], 20, 1.0, seed=1) == follow(model, [1], 20, 1.0, seed=1)
-    assert follow(model, [1], 20, 1.0, seed=1) != follow(model, [1], 20, 1.0, seed=2)
+@pytest.fixture
+def numbers(trained: Path, workdir: Path) -> str:
+    """The same without a tokenizer."""
+    torch.save({**torch.load(trained, weights_only=True), "tokenizer": None}, "numbers.pt")
+    return "--ckpt_path=numbers.pt"
 
 
 def test_a_model_writes_what_it_learned(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert write(str(trained), prompt="one two three f", max_new_tokens=8, temperature=0) == "one two three four five"
-    main([f"--ckpt_path={trained}", "--prompt=one two three f", "--max_new_tokens=8", "--temperature=0"])
-    assert capsys.readouterr().out == "one two three four five\n"
-    assert len(write(str(trained), max_new_tokens=5)) == 5
+    assert write("one two three f", trained, max_new_tokens=8, temperature=0) == "one two three four five"
+    assert slm.write is write
+    main([f"--ckpt_path={trained}", "--prompt=one two three f", *GREEDY])
+    assert capsys.readouterr() == ("one two three four five\n", "")
+    assert len(write(ckpt_path=trained, max_new_tokens=5)) == 5
+
+
+def test_what_is_written_past_the_context_still_follows_the_rhyme(trained: Path) -> None:
+    assert write("one two", trained, max_new_tokens=100, temperature=0) == (RHYME * 4)[:107]
+
+
+def test_several_prompts_are_gone_on_with_one_after_another(
+    trained: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("prompt.txt").write_text("three f")
+    main([f"--ckpt_path={trained}", "--prompt=one", "--prompt=[5]", "--prompt_file=prompt.txt", *GREEDY])
+    out, err = capsys.readouterr()
+    one, other, three = out.splitlines()
+    assert (one, three) == ("one two thr", "three four five")
+    assert other.startswith("[5]")
+    assert err.splitlines() == [f"--- prompt {number} of 3" for number in (1, 2, 3)]
+
+
+def test_samples_are_what_their_seeds_give_alone(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [f"--ckpt_path={trained}", "--prompt=one", "--max_new_tokens=12", "--temperature=3"]
+    main([*flags, "--num_samples=3", "--seed=7"])
+    out, err = capsys.readouterr()
+    for seed in (7, 8, 9):
+        main([*flags, f"--seed={seed}"])
+    assert capsys.readouterr().out == out
+    assert len(set(out.split("\n")[:-1])) == 3
+    assert err.splitlines() == [f"--- sample {number} of 3" for number in (1, 2, 3)]
+
+
+def test_text_comes_as_it_is_made_and_other_samples_wait_for_their_turn(trained: Path) -> None:
+    pieces = list(Writer(trained).stream("one", Settings(max_new_tokens=5, temperature=0, num_samples=2)))
+    assert pieces == [(0, "one "), *[(0, letter) for letter in "two "], (1, "one two ")]
+
+
+@pytest.mark.parametrize(
+    ("stops", "expected"),
+    [(["four"], "one two three "), (["xyz", "e f"], "one two thre"), (["zzz"], "one two three four")],
+)
+def test_a_stop_text_ends_what_is_written_and_is_not_shown(trained: Path, stops: list[str], expected: str) -> None:
+    assert write("one two th", trained, max_new_tokens=8, temperature=0, stop=stops) == expected
 
 
 def test_a_document_ends_where_the_model_ends_it(trained: Path, tmp_path: Path) -> None:
@@ -68,7 +90,57 @@ def test_a_document_ends_where_the_model_ends_it(trained: Path, tmp_path: Path) 
     weight[0xFF] = 100 * content["state_dict"]["final_norm.bias"].sign() + weight[0xFF]
     content["state_dict"]["final_norm.bias"] *= 100
     torch.save(content, tmp_path / "ending.pt")
-    assert write(str(tmp_path / "ending.pt"), prompt="one", temperature=0) == "one"
+    assert write("one", tmp_path / "ending.pt", temperature=0) == "one"
+
+
+def test_a_prompt_longer_than_the_context_keeps_its_tail_and_says_so(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([f"--ckpt_path={trained}", f"--prompt={'x' * 30}seven. one two t", *GREEDY])
+    out, err = capsys.readouterr()
+    assert out == f"{'x' * 30}seven. one two three fou\n"
+    assert err == "the prompt has 46 tokens: the model sees the last 16, its context\n"
+
+
+def test_without_a_prompt_each_line_of_the_input_is_one(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one two\n\nthree f\n"))
+    main([f"--ckpt_path={trained}", *GREEDY])
+    assert capsys.readouterr() == ("one two three f\nthree four five\n", "")
+
+
+def test_in_a_terminal_a_prompt_is_asked_for(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = io.StringIO("one two\n")
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    main([f"--ckpt_path={trained}", *GREEDY])
+    assert capsys.readouterr() == ("one two three f\n", "> > ")
+
+
+def test_a_model_without_a_tokenizer_reads_and_writes_numbers(numbers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([numbers, f"--prompt={' '.join(str(byte) for byte in b'one two')}", *GREEDY])
+    assert bytes(map(int, capsys.readouterr().out.split())) == b"one two three f"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "error: the prompt is empty, and a model without tokenizer needs a token to begin with"),
+        ("3 four", "error: prompt: 'four' is no token id: this model was trained without a tokenizer"),
+        ("3 256", "error: prompt: '256' is no token id: this model was trained without a tokenizer"),
+    ],
+)
+def test_what_is_no_number_of_a_token_is_refused(
+    prompt: str, message: str, numbers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main([numbers, f"--prompt={prompt}"])
+    assert exit_info.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +148,14 @@ def test_a_document_ends_where_the_model_ends_it(trained: Path, tmp_path: Path) 
     [
         ("--ckpt_path=none.pt", "error: ckpt_path=none.pt: there is no such file"),
         ("--max_new_tokens=0", "error: max_new_tokens=0 must be at least 1"),
+        ("--num_samples=0", "error: num_samples=0 must be at least 1"),
         ("--temperature=-1", "error: temperature=-1.0 must be at least 0"),
+        ("--top_k=0", "error: top_k=0 must be at least 1"),
+        ("--top_p=1.1", "error: top_p=1.1 must be above 0 and at most 1"),
         ("--seed=-1", "error: seed=-1 must be at least 0"),
+        ("--stop=", "error: stop='' would end every text"),
+        ("--accelerator=tpu", "error: accelerator=tpu must be auto, cpu, gpu, cuda or mps"),
+        ("--prompt_file=none.txt", "error: prompt_file=none.txt cannot be read: No such file"),
         ("--tmperature=1", "error: unknown setting tmperature; the nearest known one is temperature"),
         ("--seed=x", "error: seed=x: expected "),
     ],
@@ -90,11 +168,18 @@ def test_a_mistake_is_one_line(flag: str, message: str, workdir: Path, capsys: p
     assert line.startswith(message)
 
 
-def test_a_model_of_tokens_without_a_tokenizer_has_no_text(
-    trained: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+def test_no_prompt_at_all_is_refused(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.save({**torch.load(trained, weights_only=True), "tokenizer": None}, "tokens.pt")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     with pytest.raises(SystemExit):
-        main(["--ckpt_path=tokens.pt"])
-    message = "error: tokens.pt was trained on tokens without a tokenizer: it has no text to write\n"
+        main([f"--ckpt_path={trained}"])
+    message = "error: there is no prompt: give --prompt, --prompt_file, or lines to standard input\n"
     assert capsys.readouterr() == ("", message)
+
+
+def test_a_prompt_file_that_is_no_text_is_refused(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prompt.txt").write_bytes(b"ab\xff")
+    with pytest.raises(SystemExit):
+        main(["--prompt_file=prompt.txt"])
+    assert capsys.readouterr().err == "error: prompt_file=prompt.txt is not UTF-8 text: byte 2\n"

@@ -158,12 +158,13 @@ def curves(slm: Run) -> EventAccumulator:
 
 def test_a_run_of_a_few_dozen_steps_has_every_curve(curves: EventAccumulator) -> None:
     tags = set(curves.Tags()["scalars"])
-    train = {"train/loss", "train/grad_norm", "train/tokens_per_second", "lr"}
+    train = {"train/loss", "train/grad_norm", "train/tokens_per_second", "train/tokens", "lr"}
     validation = {"val/loss", "val/perplexity", "val/accuracy", "val/optimum"}
     assert train | validation <= tags
     assert tags - train - validation == {"best/val_loss"}
     for tag in train:
         assert [point.step for point in curves.Scalars(tag)] == [9, 19, 29, 39, 49], tag
+    assert [point.value for point in curves.Scalars("train/tokens")] == [640 * count for count in range(1, 6)]
     assert [point.value for point in curves.Scalars("lr")] == [pytest.approx(1e-3)] * 5
     losses = [point.value for point in curves.Scalars("train/loss")]
     assert losses[0] == pytest.approx(math.log(20), abs=0.1)

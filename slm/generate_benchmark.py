@@ -1,0 +1,102 @@
+"""How fast text comes: `python -m slm.generate_benchmark`, beside Hugging Face's GPT-2 where `transformers` is there.
+
+Both have the same weights and draw the same number of tokens, and take turns, so that what else the machine does falls
+on both alike.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+import torch
+
+from slm.decoding import Sampler, decode
+from slm.endings import ends_in_one_line
+from slm.errors import InputError, check
+from slm.gpt2 import as_gpt2
+from slm.hardware import accelerator_kind
+from slm.module import LanguageModel
+from slm.notices import new_parser, parse_flags, say
+
+PROMPT_TOKENS = 8
+Continue = Callable[[], object]
+
+
+def measure(
+    batch_sizes: Sequence[int] = (1, 4, 16, 64),
+    contexts: Sequence[int] = (128, 1024),
+    rounds: int = 5,
+    accelerator: str = "auto",
+) -> None:
+    """Print how many tokens a second the default model writes at each batch size and context.
+
+    Each context is filled but for eight tokens, the prompt.
+
+    Args:
+        batch_sizes: sequences that are written at once.
+        contexts: the model's longest sequence, in tokens; more than eight.
+        rounds: of which the median is taken.
+        accelerator: cpu, cuda, mps, or the GPU that is there (auto).
+
+    Raises:
+        InputError: a value out of its range.
+    """
+    check(rounds >= 1, f"rounds={rounds} must be at least 1")
+    check(all(size >= 1 for size in batch_sizes), f"batch_sizes={list(batch_sizes)} must be at least 1")
+    fits = all(context > PROMPT_TOKENS for context in contexts)
+    check(fits, f"contexts={list(contexts)} must be above {PROMPT_TOKENS}, the tokens of the prompt")
+    device = torch.device(accelerator_kind(accelerator))
+    print("| context | batch | slm, tokens/s (lowest to highest) | Hugging Face, tokens/s | ratio |")
+    print("|---|---|---|---|---|")
+    for context in contexts:
+        for batch_size in batch_sizes:
+            print(_row(context, batch_size, rounds, device), flush=True)
+
+
+def _row(context: int, batch_size: int, rounds: int, device: torch.device) -> str:
+    model = LanguageModel(max_seq_len=context).eval().to(device)
+    num_tokens = context - PROMPT_TOKENS
+    prompt = torch.randint(model.hparams["vocab_size"], (batch_size, PROMPT_TOKENS), device=device)
+
+    def ours() -> None:
+        sampler = Sampler(temperature=1.0, batch_size=batch_size)
+        for tokens in islice(decode(model.transformer, prompt, sampler), num_tokens):
+            tokens.tolist()
+
+    loops: list[Continue] = [ours, *_hugging_face(model, prompt, num_tokens)]
+    speeds: list[list[float]] = [[] for _ in loops]
+    for number in range(rounds + 1):
+        for loop, measured in zip(loops, speeds, strict=True):
+            start = time.perf_counter()
+            loop()
+            if number:  # the first warms up
+                measured.append(batch_size * num_tokens / (time.perf_counter() - start))
+    mine, *others = (statistics.median(measured) for measured in speeds)
+    theirs = f"{others[0]:,.0f} | {mine / others[0]:.1f}" if others else "not installed |"
+    return f"| {context} | {batch_size} | {mine:,.0f} ({min(speeds[0]):,.0f} to {max(speeds[0]):,.0f}) | {theirs} |"
+
+
+def _hugging_face(model: LanguageModel, prompt: torch.Tensor, num_tokens: int) -> Iterator[Continue]:
+    """The library's own `generate` with its cache, where it is installed."""
+    try:
+        peer = as_gpt2(model, None).eval().to(prompt.device)
+    except InputError as error:
+        say(str(error))
+        return
+    settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "pad_token_id": 0}
+    yield lambda: peer.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, use_cache=True, **settings
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = new_parser("generate_benchmark")
+    parser.add_function_arguments(measure)
+    with ends_in_one_line():
+        measure(**vars(parse_flags(parser, argv)))
+
+
+if __name__ == "__main__":
+    main()

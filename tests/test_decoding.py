@@ -1,0 +1,133 @@
+"""Tokens come from the cache as from the whole sequence, also past the end of the context, and are drawn as asked."""
+
+from itertools import islice
+
+import pytest
+import torch
+from conftest import small_model
+from torch import Tensor
+
+from slm.decoding import CachedNetwork, Sampler, decode
+from slm.errors import InputError
+from slm.transformer import Transformer
+
+
+def window_after(tokens: list[int], num_given: int, max_seq_len: int) -> list[int]:
+    """What the network sees of tokens, the first of which were given, by the rule in the docstring of `decode`."""
+    start = max(0, num_given - max_seq_len)
+    for end in range(num_given + 1, len(tokens) + 1):
+        if end - start > max_seq_len:
+            start = end - max(1, max_seq_len // 2)
+    return tokens[start:]
+
+
+def network(max_seq_len: int = 16) -> Transformer:
+    transformer = small_model(max_seq_len=max_seq_len, num_layers=2).transformer.eval()
+    for parameter in transformer.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # biases and norms count too
+    return transformer
+
+
+@pytest.mark.parametrize(("max_seq_len", "num_given"), [(16, 3), (16, 16), (16, 40), (7, 2), (1, 1)])
+def test_greedy_tokens_and_logits_are_those_of_the_network_without_a_cache(max_seq_len: int, num_given: int) -> None:
+    transformer = network(max_seq_len)
+    tokens = torch.randint(20, (num_given,)).tolist()
+    seen: list[Tensor] = []
+
+    def choose(logits: Tensor) -> Tensor:
+        seen.append(logits[0])
+        return logits.argmax(-1)
+
+    for chosen in islice(decode(transformer, torch.tensor([tokens]), choose), 3 * max_seq_len):
+        window = window_after(tokens, num_given, max_seq_len)
+        expected = transformer.logits(transformer(torch.tensor([window])))[0, -1]
+        assert (seen[-1] - expected).abs().max() <= 1e-5
+        assert chosen[0] == expected.argmax()
+        tokens.append(int(chosen[0]))
+
+
+def test_sequences_beside_one_another_do_not_mix() -> None:
+    transformer = network()
+    tokens = torch.randint(20, (3, 5))
+    together = torch.stack(list(islice(decode(transformer, tokens, lambda logits: logits.argmax(-1)), 20)), 1)
+    for row, expected in zip(tokens, together, strict=True):
+        alone = torch.cat(list(islice(decode(transformer, row[None], lambda logits: logits.argmax(-1)), 20)))
+        assert alone.tolist() == expected.tolist()
+
+
+def test_the_network_sees_each_token_once_within_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    call = CachedNetwork.__call__
+
+    def counted(self: CachedNetwork, tokens: Tensor) -> Tensor:
+        seen.append(tokens.shape[1])
+        return call(self, tokens)
+
+    monkeypatch.setattr(CachedNetwork, "__call__", counted)
+    list(islice(decode(network(), torch.tensor([[1, 2, 3]]), lambda logits: logits.argmax(-1)), 23))
+    assert seen == [3, *[1] * 13, 8, *[1] * 8]
+
+
+def test_tokens_are_drawn_with_their_probabilities() -> None:
+    logits = 2 * torch.randn(1, 20, generator=torch.Generator().manual_seed(1))
+    drawn = Sampler(temperature=0.7, batch_size=4000)(logits.expand(4000, 20))
+    expected = (logits[0] / 0.7).softmax(-1)
+    assert torch.bincount(drawn, minlength=20) / 4000 == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"top_k": 2}, [0.5, 0.25, 0, 0]),
+        ({"top_k": 9}, [0.5, 0.25, 0.15, 0.1]),
+        ({"top_p": 0.4}, [0.5, 0, 0, 0]),
+        ({"top_p": 0.6}, [0.5, 0.25, 0, 0]),
+        ({"top_p": 0.76}, [0.5, 0.25, 0.15, 0]),
+        ({"top_k": 3, "top_p": 0.7}, [0.5, 0.25, 0, 0]),
+    ],
+)
+def test_only_the_likeliest_tokens_are_left(settings: dict[str, float], expected: list[float]) -> None:
+    order = torch.tensor([2, 0, 3, 1])
+    logits = torch.empty(1, 4)
+    logits[0, order] = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    sampler = Sampler(temperature=1.0, batch_size=1, **settings)  # type: ignore[arg-type]
+    left = sampler.probabilities(logits)[0, order]
+    assert left / left.sum() == pytest.approx(torch.tensor(expected) / sum(expected), abs=1e-6)
+    assert all(left[order.tolist().index(int(sampler(logits)))] > 0 for _ in range(50))
+
+
+def test_a_temperature_near_zero_takes_the_likeliest() -> None:
+    logits = torch.tensor([[1.0, 3.0, -100.0, 2.9999]])
+    assert Sampler(temperature=1e-38)(logits) == Sampler(temperature=0)(logits) == 1
+
+
+def test_a_sequence_is_drawn_the_same_whatever_is_drawn_beside_it() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    together = Sampler(seed=5, batch_size=3)
+    alone = [Sampler(seed=5 + row) for row in range(3)]
+    for _ in range(20):
+        assert together(logits).tolist() == [int(sampler(logits[row : row + 1])) for row, sampler in enumerate(alone)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0 must be at least 0 and finite"),
+        ({"temperature": float("nan")}, "temperature=nan must be at least 0 and finite"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Sampler(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_writes_the_same_tokens() -> None:
+    transformer, tokens = network(), torch.tensor([[1, 2, 3]])
+    expected = torch.cat(list(islice(decode(transformer, tokens, Sampler(temperature=0)), 30)))
+    found = torch.cat(list(islice(decode(transformer.cuda(), tokens.cuda(), Sampler(temperature=0)), 30)))
+    assert found.tolist() == expected.tolist()

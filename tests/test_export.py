@@ -1,0 +1,248 @@
+"""What is exported computes the same in `transformers`, and what is read from there computes the same here."""
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, SMALL_FLAGS, fit, small_model
+
+from slm.checkpoint import read_checkpoint
+from slm.data import TextData
+from slm.decoding import Sampler, decode
+from slm.export import main
+from slm.generate import write
+from slm.module import LanguageModel
+from slm.tokenizer import ByteTokenizer, train_bpe
+from slm.trained import load
+
+transformers = pytest.importorskip("transformers")
+Run = Callable[..., str]
+README = (ROOT / "README.md").read_text()
+TEXT = "Die Katze saß auf 猫 🙂\n\n  def f(x):\n\treturn x"
+
+
+def save(path: str, tokenizer: str | None, **sizes: int) -> LanguageModel:
+    model = small_model(**{"num_layers": 2, **sizes}).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # biases and norms count too
+    content = {"hyper_parameters": dict(model.hparams), "tokenizer": tokenizer}
+    torch.save({**content, "state_dict": model.transformer.state_dict()}, path)
+    return model
+
+
+def dumped(kind: str) -> str | None:
+    return {"none": None, "bytes": "bytes", "bpe": train_bpe(iter([README]), 300).dump()}[kind]
+
+
+@pytest.fixture(params=["none", "bytes", "bpe"])
+def exported(request: pytest.FixtureRequest, workdir: Path) -> tuple[LanguageModel, str | None]:
+    """A model and its tokenizer, exported to the folder `out`."""
+    tokenizer = dumped(request.param)
+    model = save("model.pt", tokenizer, vocab_size=300 if request.param == "bpe" else 256)
+    main(["--ckpt_path=model.pt", "--output=out"])
+    return model, tokenizer
+
+
+def test_logits_and_greedy_tokens_are_the_same(exported: tuple[LanguageModel, str | None]) -> None:
+    model, _ = exported
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("out").eval()
+    tokens = torch.randint(256, (3, 16))
+    with torch.no_grad():
+        assert (theirs(tokens).logits - model(tokens)).abs().max() <= 1e-4
+        assert (theirs.double()(tokens).logits - model.double()(tokens)).abs().max() <= 1e-10
+    theirs, model = theirs.float(), model.float()
+    given = {"input_ids": tokens[:1, :5], "attention_mask": torch.ones(1, 5), "do_sample": False}
+    expected = theirs.generate(**given, max_new_tokens=11, eos_token_id=None, pad_token_id=0)[0, 5:]
+    found = torch.cat(list(islice(decode(model.transformer, tokens[:1, :5], Sampler(0)), 11)))
+    assert found.tolist() == expected.tolist()
+
+
+def test_the_tokenizer_has_the_same_ids_and_text(exported: tuple[LanguageModel, str | None]) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained("out")
+    if exported[1] is None:
+        assert theirs("5 17 255").input_ids == [5, 17, 255]
+        assert theirs.decode([5, 17]) == "5 17"
+        return
+    ours = ByteTokenizer() if exported[1] == "bytes" else train_bpe(iter([README]), 300)
+    encoded = ours.encode([(TEXT, False)])
+    ids = list(encoded) if ours.typecode == "B" else torch.frombuffer(bytearray(encoded), dtype=torch.uint16).tolist()
+    assert theirs(TEXT).input_ids == ids
+    assert theirs.decode(ids) == TEXT
+    assert theirs.eos_token_id == ours.end_of_text
+    assert theirs.model_max_length == 16
+
+
+def test_the_way_back_gives_the_same_file(exported: tuple[LanguageModel, str | None]) -> None:
+    main(["--from_gpt2=out", "--output=back.pt"])
+    before, after = (read_checkpoint(Path(name)) for name in ("model.pt", "back.pt"))
+    assert before["hyper_parameters"] == after["hyper_parameters"]
+    assert before["tokenizer"] == after["tokenizer"]
+    assert before["state_dict"].keys() == after["state_dict"].keys()
+    assert all(torch.equal(value, after["state_dict"][name]) for name, value in before["state_dict"].items())
+
+
+def test_a_text_goes_on_the_same(workdir: Path) -> None:
+    Path("rhyme.txt").write_text("one two three four five six seven. " * 200)
+    model = small_model(vocab_size=256, learning_rate=1e-2)
+    fit(model, TextData(256, 16, path="rhyme.txt", batch_size=8), max_epochs=4, limit_val_batches=1)
+    content = {"hyper_parameters": dict(model.hparams), "tokenizer": "bytes"}
+    torch.save({**content, "state_dict": model.transformer.state_dict()}, "model.pt")
+    main(["--ckpt_path=model.pt", "--output=out"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("out")
+    written = theirs.generate(**tokenizer("one t", return_tensors="pt"), max_new_tokens=11, do_sample=False)
+    assert tokenizer.decode(written[0]) == write("one t", "model.pt", max_new_tokens=11, temperature=0)
+
+
+def gpt2_folder(**changes: Any) -> transformers.GPT2LMHeadModel:
+    sizes = {"vocab_size": 40, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 24}
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**sizes, **changes})).eval()
+    model.save_pretrained("gpt2")
+    return model
+
+
+def test_a_gpt2_of_others_computes_the_same_here_and_can_be_trained_further(slm: Run) -> None:
+    theirs = gpt2_folder()
+    main(["--from_gpt2=gpt2", "--output=gpt2.pt"])
+    tokens = torch.randint(40, (2, 24))
+    torch.testing.assert_close(load("gpt2.pt")(tokens), theirs(tokens).logits)
+    assert load("gpt2.pt").hparams["hidden_dim"] == 64
+    rate = "--model.learning_rate=1e-30"
+    slm("--init_from=gpt2.pt", "--data.num_tokens=2000", "--trainer.max_epochs=1", rate, "--model.min_learning_rate=0")
+    kept = torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert kept["hyper_parameters"]["embed_dim"] == 16
+    begun = load("gpt2.pt").transformer.state_dict()
+    for name, value in begun.items():
+        torch.testing.assert_close(kept["state_dict"][f"transformer.{name}"], value, atol=1e-6, rtol=0)
+    assert f"init_from: {Path('gpt2.pt').absolute()}" in Path("runs/version_0/config.yaml").read_text()
+    assert "go on" not in slm("--ckpt_path=last", "--trainer.max_epochs=2")
+
+
+def test_a_run_begins_with_the_tokenizer_of_the_file(slm: Run) -> None:
+    save("model.pt", dumped("bpe"), vocab_size=300)
+    Path("text.txt").write_text(README[:4000])
+    output = slm("--init_from=model.pt", "--data.path=text.txt", "--trainer.max_epochs=1")
+    assert "text.txt: 1 document" in output
+    assert torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)["tokenizer"] == dumped("bpe")
+
+
+def test_a_run_that_was_killed_before_it_saved_begins_with_the_file_again(slm: Run) -> None:
+    save("model.pt", "bytes", vocab_size=256)
+    Path("text.txt").write_text(README[:4000])
+    flags = ["--init_from=model.pt", "--data.path=text.txt", "--trainer.max_epochs=1"]
+    slm(*flags)
+    shutil.copytree("runs/version_0", "runs/version_1")
+    shutil.rmtree("runs/version_1/checkpoints")
+    slm("--ckpt_path=last")
+    states = [
+        torch.load(f"runs/version_{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (0, 1)
+    ]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.embed_dim=32"], "embed_dim=32 cannot apply to the weights in model.pt, which have embed_dim=16"),
+        (["--ckpt_path=last"], "--init_from=model.pt begins a new run, --ckpt_path goes on with one"),
+        (["--data=DummyData"], "the checkpoint was trained with tokenizer=bytes, the data has tokenizer=None"),
+    ],
+)
+def test_what_does_not_fit_the_file_is_refused(
+    flags: list[str], message: str, workdir: Path, refused: Callable[..., str]
+) -> None:
+    save("model.pt", "bytes", vocab_size=256)
+    assert message in refused("--init_from=model.pt", *flags)
+
+
+def test_an_evaluation_begins_nothing(workdir: Path, refused: Callable[..., str]) -> None:
+    save("model.pt", "bytes", vocab_size=256)
+    assert "--init_from=model.pt begins a new run, validate goes on" in refused("validate", "--init_from=model.pt")
+
+
+def test_the_card_has_the_figures_of_the_run_and_no_folder_of_its_machine(slm: Run) -> None:
+    Path("text.txt").write_text(README[:4000])
+    small = [flag for flag in SMALL_FLAGS if "num_tokens" not in flag and "vocab_size" not in flag]
+    flags = ["--data=TextData", "--data.path=text.txt", "--model.vocab_size=256", "--trainer.max_epochs=2"]
+    output = slm(*small, *flags)
+    loss = next(line.split()[1] for line in output.splitlines() if line.startswith("val/loss"))
+    main(["--ckpt_path=best", "--output=out"])
+    card = Path("out/README.md").read_text()
+    assert f"| val/loss | {loss} |" in card
+    assert "| val/bits_per_byte |" in card
+    assert 'data.path: "text.txt"' in card
+    assert str(Path.cwd()) not in card
+    main(["--ckpt_path=last", "--output=last"])
+    assert "| optimizer steps |" in Path("last/README.md").read_text()
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(argv))
+    assert exit_info.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert sorted(Path().rglob("*")) == before
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "error: output is missing: say where to with --output"),
+        (["--output=full"], "error: output=full is there and no empty folder"),
+        (["--output=new", "--ckpt_path=none.pt"], "error: ckpt_path=none.pt: there is no such file"),
+        (["--output=new.pt", "--from_gpt2=none"], "error: from_gpt2=none is no folder"),
+        (["--output=new.pt", "--from_gpt2=full"], "error: from_gpt2=full cannot be read as a GPT-2"),
+        (["--output=model.pt", "--from_gpt2=full"], "error: output=model.pt is there already"),
+        (["--output=new", "--from_gpt2=full"], "error: output=new must end in .pt"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    flags: list[str], message: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("full").mkdir()
+    Path("full/file").touch()
+    save("model.pt", "bytes", vocab_size=256)
+    assert refuse(capsys, *flags).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_function": "relu"}, "gpt2 has activation_function=relu: the network here has gelu_new or"),
+        ({"layer_norm_epsilon": 1e-6}, "gpt2 has layer_norm_epsilon=1e-06: the network here has 1e-05"),
+        ({"tie_word_embeddings": False}, "gpt2 has tie_word_embeddings=False: the network here has True"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "gpt2 has scale_attn_by_inverse_layer_idx=True: the network"),
+    ],
+)
+def test_a_gpt2_that_is_another_network_is_refused(
+    changes: dict[str, Any], message: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpt2_folder(**changes)
+    assert message in refuse(capsys, "--from_gpt2=gpt2", "--output=new.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("n_embd", 32, "cannot be read as a GPT-2"),
+        ("n_layer", 3, "gpt2 has no weights for transformer.h.2."),
+        ("n_layer", 1, "gpt2 has weights that its config.json does not tell of: transformer.h.1."),
+        ("n_inner", 32, "cannot be read as a GPT-2"),
+        ("model_type", "llama", "gpt2 has model_type=llama: the network here has gpt2"),
+    ],
+)
+def test_a_gpt2_with_sizes_that_do_not_fit_is_refused(
+    name: str, value: Any, message: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpt2_folder()
+    config = Path("gpt2/config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), name: value}))
+    assert message in refuse(capsys, "--from_gpt2=gpt2", "--output=new.pt")

@@ -1,0 +1,86 @@
+"""Runs stand side by side, the best first, with what they reached, took, and differ in."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL_FLAGS
+
+from slm.curves import read_curves, seconds_drawn
+from slm.runs import duration, main, read_run
+
+Run = Callable[..., str]
+FLAGS = [*SMALL_FLAGS, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"]
+
+
+def rows(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, str]]:
+    capsys.readouterr()
+    main(list(argv))
+    lines = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines()]
+    names = [name.strip() for name in lines[0]]
+    return [dict(zip(names, map(str.strip, line), strict=False)) for line in lines[2:]]
+
+
+def test_runs_are_listed_the_best_first_with_what_differs(slm: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    slm(*FLAGS, "--model.learning_rate=1e-5")
+    slm(*FLAGS, "--model.learning_rate=1e-2", "--model.hidden_dim=16")
+    best, other = rows(capsys)
+    assert (best["run"], other["run"]) == ("version_1", "version_0")
+    assert best["what differs"] == "model.hidden_dim=16, model.learning_rate=0.01"
+    assert other["what differs"] == "model.hidden_dim=32, model.learning_rate=1e-05"
+    curves = read_curves(Path("runs/version_1"))
+    assert best["val/loss"] == f"{curves['val/loss'][-1][1]:.3f}"
+    assert best["tokens"] == f"{16 * 112:,}"
+    assert best["parameters"] == f"{20 * 16 + 16 * 16 + 16 * 6 + 16 * 3 * 17 + 16 * 17 + 2 * 16 * 16 + 32:,}"
+    assert best["bits/byte"] == ""
+    assert best["time"] == "0:00" or best["time"].startswith("0:0")
+
+
+def test_text_in_different_tokens_is_compared_by_bits_per_byte(slm: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers")
+    Path("text.txt").write_text((ROOT / "README.md").read_text()[:6000])
+    text = [*[flag for flag in FLAGS if "num_tokens" not in flag], "--data=TextData", "--data.path=text.txt"]
+    slm(*text, "--model.vocab_size=256")
+    slm(*text, "--model.vocab_size=300", "--data.tokenizer=bpe")
+    found = rows(capsys)
+    assert [float(row["bits/byte"]) for row in found] == sorted(float(row["bits/byte"]) for row in found)
+    assert all("model.vocab_size=" in row["what differs"] for row in found)
+
+
+def test_a_run_that_cannot_be_read_is_left_out_and_named(slm: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    slm(*FLAGS)
+    for name, config in {"version_1": "model: {embed_dim: 3}", "version_2": "{"}.items():
+        Path("runs", name).mkdir()
+        Path("runs", name, "config.yaml").write_text(config)
+    capsys.readouterr()
+    main([])
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 3
+    first, second = err.splitlines()
+    assert first.startswith("left out: runs/version_1/config.yaml does not give model.vocab_size")
+    assert second.startswith("left out: runs/version_2/config.yaml is not valid YAML")
+
+
+def test_no_run_at_all_is_one_line(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--runs=elsewhere"])
+    assert exit_info.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: there is no run under {workdir / 'elsewhere'}: start one")
+
+
+def test_time_is_that_of_all_its_processes_and_tokens_go_on(slm: Run) -> None:
+    slm(*FLAGS)
+    before = seconds_drawn(Path("runs/version_0"))
+    slm("--ckpt_path=last", "--trainer.max_epochs=2")
+    run = read_run(Path("runs/version_0"))
+    assert run.seconds > before > 0
+    assert run.tokens() == 2 * 16 * 112
+    shutil.copytree("runs/version_0", "copy")
+    assert seconds_drawn(Path("copy")) == run.seconds
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.4, "0:00"), (61, "1:01"), (3723, "1:02:03")])
+def test_a_duration_reads_as_a_clock(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected
