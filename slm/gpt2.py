@@ -139,13 +139,16 @@ def read_gpt2(folder: Path) -> dict[str, Any]:
 def as_gpt2_tokenizer(dumped: str | None, vocab_size: int, max_seq_len: int) -> Any:
     """The tokenizer of a checkpoint as one of `transformers`; one of numbers where it has none."""
     library, end_of_text = _library_tokenizer(dumped, vocab_size)
-    return import_transformers().PreTrainedTokenizerFast(
+    post_processor = library.post_processor
+    tokenizer = import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=library,
         bos_token=end_of_text,
         eos_token=end_of_text,
         model_max_length=max_seq_len,
         clean_up_tokenization_spaces=False,
     )
+    tokenizer.backend_tokenizer.post_processor = post_processor  # which is given one of its own
+    return tokenizer
 
 
 def _library_tokenizer(dumped: str | None, vocab_size: int) -> tuple[Any, str | None]:

@@ -61,4 +61,4 @@ def test_importing_the_package_does_nothing() -> None:
 def test_every_file_can_be_read_in_one_sitting() -> None:
     lengths = {file.name: len(file.read_text().splitlines()) for file in PACKAGE.glob("*.py")}
     assert {name: length for name, length in lengths.items() if length > 250} == {}
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 300
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 400

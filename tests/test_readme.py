@@ -5,13 +5,14 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import ROOT, run_command
 
 import slm as package
+from slm import export, generate, runs
 from slm.cli import main
-from slm.generate import main as write_text
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()]
@@ -29,8 +30,13 @@ SMALLER = [
     "--model.num_layers=1",
     "--model.max_seq_len=32",
 ]
-GENERATE = 'python -m slm.generate --ckpt_path best --prompt "The "'
+GENERATE_BENCHMARK = "python -m slm.generate_benchmark"
+MODULES = {f"python -m slm.{module.__name__.rpartition('.')[2]}": module for module in (generate, runs, export)}
 RECIPES = ("small_text", "text_2min", "text_10min", "text_60min")
+
+
+def module_of(line: str) -> ModuleType | None:
+    return MODULES.get(" ".join(line.split()[:3]))
 
 
 def test_each_command_is_of_a_kind_that_is_run() -> None:
@@ -38,7 +44,10 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
     assert len(TRAIN) >= 8
     assert OTHER[0] == "source .venv/bin/activate"
     assert OTHER[1] == "tensorboard --logdir runs"
-    assert OTHER[2:-1] == [STRESS, GENERATE, BENCHMARK, *SWEEPS]
+    run_in_order = [line for line in OTHER if module_of(line) is not None]
+    assert len(run_in_order) >= 6
+    left = [line for line in OTHER[2:-1] if line not in run_in_order]
+    assert left == [STRESS, GENERATE_BENCHMARK, BENCHMARK, *SWEEPS]
     assert OTHER[-1].startswith("python -c ")
 
 
@@ -55,10 +64,10 @@ def test_the_commands_run_one_after_another(workdir: Path, capsys: pytest.Captur
     first = SETUP[0].partition("train.py ")[2]
     main([*shlex.split(first), *SHORTER, *SMALLER])
     for line in COMMANDS:
-        if line == GENERATE:
+        if (module := module_of(line)) is not None:
             capsys.readouterr()
-            write_text(shlex.split(line)[3:])
-            assert capsys.readouterr().out.startswith("The ")
+            module.main(shlex.split(line, comments=True)[3:])
+            assert capsys.readouterr().out.startswith({generate: "The ", runs: "| run "}.get(module, ""))
         if line not in TRAIN:
             continue
         argv = shlex.split(line, comments=True)[2:]
@@ -67,21 +76,23 @@ def test_the_commands_run_one_after_another(workdir: Path, capsys: pytest.Captur
                 main([*argv, "--print_config"])
             continue
         evaluates = argv[0] in ("validate", "test", "predict")
-        resumes = "--ckpt_path" in argv
+        resumes = bool({"--ckpt_path", "--init_from"} & {*argv})
         is_long = any(f"configs/{name}.yaml" in argv for name in RECIPES)
-        shorter = [*SHORTER, *(["--trainer.max_steps=2"] if is_long else [])]
+        shorter = [*SHORTER, *(["--trainer.max_steps=2", "--trainer.val_check_interval=1"] if is_long else [])]
         main([*argv, *([] if evaluates else shorter), *([] if resumes else SMALLER)])
-    assert {path.name for path in Path("runs").iterdir()} == {f"version_{number}" for number in range(10)}
+    assert {path.name for path in Path("runs").iterdir()} == {f"version_{number}" for number in range(11)}
+    assert Path("exported/model.safetensors").is_file()
     tensorboard = shlex.split(OTHER[1])
     result = run_command("-m", "tensorboard.main", *tensorboard[1:], "--inspect", cwd=workdir)
     assert "train/loss" in result.stdout or "val/loss" in result.stdout, result.stderr
 
 
-def test_the_python_example_runs(slm: Callable[..., str]) -> None:
-    slm("--trainer.max_epochs=1", *SHORTER, *SMALLER)
+def test_the_python_example_runs(slm: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    slm("--config", str(ROOT / "configs/text.yaml"), "--trainer.max_epochs=1", *SHORTER, *SMALLER)
     [example] = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
     names: dict[str, package.LanguageModel] = {}
     exec(example, names)
+    assert capsys.readouterr().out.startswith("The ")
     assert not names["model"].training
 
 
@@ -111,6 +122,15 @@ def test_the_benchmark_compares_with_its_bare_loop_and_the_teaching_script(workd
     assert rows["slm"] == "1.00"
     assert "A step is 0.0 GFLOP" in result.stdout
     assert list(workdir.iterdir()) == []
+
+
+def test_the_speed_of_writing_is_measured_beside_hugging_face(workdir: Path) -> None:
+    flags = ["--contexts=[16]", "--batch_sizes=[1,2]", "--rounds=1"]
+    result = run_command(*shlex.split(GENERATE_BENCHMARK)[1:], *flags, cwd=workdir)
+    assert result.returncode == 0, result.stderr
+    figures = r"^\| (\d+) \| (\d+) \| [\d,]+ \([\d,]+ to [\d,]+\) \| [\d,]+ \| [\d.]+ \|$"
+    assert re.findall(figures, result.stdout, re.M) == [("16", "1"), ("16", "2")]
+    assert len(re.findall(figures, README, re.M)) >= 4
 
 
 def test_a_sweep_measures_the_command_at_each_value(workdir: Path) -> None:
