@@ -145,6 +145,7 @@ def as_gpt2_tokenizer(dumped: str | None, vocab_size: int, max_seq_len: int) -> 
         bos_token=end_of_text,
         eos_token=end_of_text,
         model_max_length=max_seq_len,
+        model_input_names=["input_ids", "attention_mask"],  # others would be added to the embedding
         clean_up_tokenization_spaces=False,
     )
     tokenizer.backend_tokenizer.post_processor = post_processor  # which is given one of its own
