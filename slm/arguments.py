@@ -1,7 +1,7 @@
 """What a command line asks for: a subcommand, its flags, and the checkpoint whose settings come before them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import get_loader
 from lightning.pytorch import Trainer
 
-from slm.checkpoint import RUNS, WEIGHTS_NAME, open_checkpoint, resolve_checkpoint
+from slm.checkpoint import RUNS, WEIGHTS_NAME, newest_run, open_checkpoint, resolve_checkpoint
 from slm.errors import InputError, check
 from slm.hyperparameters import SHAPES
 from slm.notices import say
@@ -157,6 +157,11 @@ def _find_checkpoint(request: Request, ckpt_path: str) -> None:
 
 def _begin_with(request: Request, init_from: str) -> None:
     """Let a new run have the shapes and, unless other data is chosen, the kind of text of the file it begins with."""
+    if init_from in ("last", "best"):  # a process beside this one may have begun the newest already
+        roots = _take_option(request.flags, "--trainer.default_root_dir")[1]
+        kept = f"checkpoints/{init_from}.ckpt"
+        init_from = str(newest_run(Path(roots[-1]) / RUNS if roots else RUNS, kept) / kept)
+    check(Path(init_from).exists(), f"init_from={init_from}: there is no such file; give a run, a .ckpt or a .pt")
     path, content = request.initial = open_checkpoint(init_from, prefer="best")
     shapes = {name: content["hyper_parameters"][name] for name in SHAPES}
     for name, size in shapes.items():
@@ -166,6 +171,10 @@ def _begin_with(request: Request, init_from: str) -> None:
     if (tokenizer := content.get("tokenizer")) is not None:
         text = {"class_path": "TextData", "init_args": {"tokenizer": "bytes" if tokenizer == "bytes" else "bpe"}}
         request.stored = [f"--config={json.dumps({'data': text})}"]
+    for given in _settings_given(request.flags, "model"):
+        for name in given.keys() & shapes.keys():
+            if given[name] != shapes[name]:
+                say(f"model.{name} is {shapes[name]}, which the weights in {path} have, and not {given[name]}")
     request.flags = [*request.flags, f"--config={json.dumps({'model': shapes})}"]
 
 
@@ -188,62 +197,20 @@ def _refuse_ignored(flags: list[str]) -> None:
     They can be given as flags, or in a file or text for `--config`, `--data` or `--data.init_args`.
     """
     given = {flag.partition("=")[0].removeprefix("--").replace(".init_args", "") for flag in flags}
-    nested: list[Any] = []
     for config in map(read_settings, _take_option(flags, "-c", "--config")[1]):
-        check("ckpt_path" not in config, "ckpt_path stands in a file of settings: give it as --ckpt_path instead")
-        nested.append(config.get("data"))
-    for value in _take_option(flags, "--data", "--data.init_args")[1]:
-        if "{" in value or Path(value).is_file():
-            nested.append(read_settings(value))
-    for data in nested:
-        if isinstance(data, dict):
-            given |= {f"data.{name}" for name in {**data, **(data.get("init_args") or {})}}
+        for name in ("ckpt_path", "init_from"):
+            stands = f"{name} stands in a file of settings: give it as --{name} instead"
+            check(config.get(name) is None, stands)
+    for data in _settings_given(flags, "data"):
+        given |= {f"data.{name}" for name in {**data, **(data.get("init_args") or {})}}
     for name in LINKED:
         check(f"data.{name}" not in given, f"data.{name} is taken from the model: set model.{name} instead")
 
 
-def say_what_changed(before: Mapping[str, Any], now: Mapping[str, Any], request: Request) -> bool:
-    """Say which settings differ from those that belong to the checkpoint; returns whether other data is meant.
-
-    Raises:
-        InputError: a run would go on with other data, on which its best loss means nothing, and that is not meant; or
-            it has done more epochs than are asked for.
-    """
-    check(
-        request.subcommand == "fit" or not now.get("allow_changed_data"),
-        f"{request.subcommand} takes any data: leave out --allow_changed_data",
-    )
-    done, wanted = (request.content or {}).get("position", {}).get("epoch", 0), now.get("trainer.max_epochs")
-    check(
-        request.subcommand != "fit" or wanted is None or not 0 <= wanted < done,
-        f"trainer.max_epochs={wanted} is less than the {done} epochs that the run has done: ask for more",
-    )
-    is_meant = bool(now.get("allow_changed_data"))
-    goes_on = request.run is not None and request.checkpoint is not None
-    of_text = ("path", "val_path", "glob", "text_field", "errors")  # which is told by its fingerprint
-    harmless = ("batch_size", "num_workers", *(of_text if goes_on else []))
-    for name in sorted(now.keys() - {"config", "allow_changed_data"}):
-        value, stored = now[name], before.get(name)
-        if value == stored or (request.run is None and not name.startswith(("model.", "data."))):
-            continue
-        if name == "data.init_args.tokenizer" and Path(str(value)).is_absolute():
-            check(Path(value).is_file(), f"data.tokenizer={value}: there is no such file")
-        if name.startswith("data.") and name.rpartition(".")[2] not in harmless:
-            check(
-                is_meant or not goes_on,
-                f"{name}={value} cannot apply to a run that was trained with {stored}: leave it out, or say "
-                "--allow_changed_data true, or copy its checkpoint elsewhere and go on from there",
-            )
-            is_meant = True
-        say(f"{name} is now {value} (the run had {stored})")
-    return is_meant
-
-
-def check_same_data(request: Request, fingerprint: str | None) -> None:
-    """Raise InputError where a run would go on with data that has changed."""
-    stored = (request.content or {}).get("fingerprint")
-    check(
-        stored in (None, fingerprint),
-        f"the data is not what {request.checkpoint} was trained on: its fingerprint is {fingerprint}, the run had "
-        f"{stored}; restore it, or say --allow_changed_data true",
-    )
+def _settings_given(flags: Sequence[str], group: str) -> list[dict[str, Any]]:
+    """The settings of a group that stand in files or text given for it or for `--config`."""
+    found = [config.get(group) for config in map(read_settings, _take_option(flags, "-c", "--config")[1])]
+    for value in _take_option(flags, f"--{group}", f"--{group}.init_args")[1]:
+        if "{" in value or Path(value).is_file():
+            found.append(read_settings(value))
+    return [settings for settings in found if isinstance(settings, dict)]

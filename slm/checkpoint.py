@@ -25,9 +25,9 @@ RUNS = Path("runs")
 WEIGHTS_NAME = "simple_language_model.pt"
 
 
-def newest_run(runs: Path = RUNS) -> Path:
-    """The run folder with the highest `version_N`; raises InputError where there is none."""
-    numbers = _run_numbers(runs)
+def newest_run(runs: Path = RUNS, holding: str = "") -> Path:
+    """The run folder with the highest `version_N`, of those that hold such a file; raises InputError for none."""
+    numbers = [number for number in _run_numbers(runs) if (runs / f"version_{number}" / holding).exists()]
     check(bool(numbers), f"there is no run under {runs.absolute()}: start one with `python train.py`, or give a path")
     return runs / f"version_{max(numbers)}"
 

@@ -15,7 +15,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from slm.arguments import LINKED, CommandLineTrainer, check_same_data, read_request, read_settings, say_what_changed
+from slm.arguments import LINKED, CommandLineTrainer, read_request, read_settings
+from slm.changes import check_same_data, say_what_changed
 from slm.checkpoint import RUNS, claim_run, load_weights, open_checkpoint
 from slm.data import NAMED_TOKENIZERS, DummyData, TextData
 from slm.endings import command, ends_in_one_line
@@ -81,8 +82,7 @@ class CommandLine(LightningCLI):
             say(f"{request.run} goes on from {request.checkpoint}")
         self.config = self._parse([request.subcommand, *request.stored, *request.flags])
         settings = self.config[request.subcommand]
-        seed = settings.seed_everything
-        check(0 <= seed < 2**32, f"seed_everything={seed} must be at least 0 and below 2**32")
+        check(0 <= (seed := settings.seed_everything) < 2**32, f"seed_everything={seed} must be in [0, 2**32)")
         if request.content is not None:
             check_applicable(request.content["hyper_parameters"], dict(settings.model))
         if settings.init_from is not None and request.content is None:
@@ -137,8 +137,7 @@ class CommandLine(LightningCLI):
         precision, reason = resolve_precision(str(asked.precision or "32-true"), accelerator)
         if reason:
             say(reason)
-        before = self.request.content
-        if self.request.initial is not None:
+        if (before := self.request.content) is None and self.request.initial is not None:
             path, before = self.request.initial
             load_weights(self.model.transformer, before, path)
         if before is not None:

@@ -118,12 +118,16 @@ class Sampler:
         self._generators = [torch.Generator().manual_seed(seed + row) for row in range(batch_size)]
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Tokens (B,) from logits (B, V), on their device."""
+        """Tokens (B,) from logits (B, V), on their device; raises InputError where these are not finite."""
         if self.temperature == 0:
-            return logits.argmax(-1)
-        cumulated = self.probabilities(logits).cumsum(-1)
+            likeliest = logits.max(-1)
+            _check_finite(likeliest.values)
+            return likeliest.indices
+        cumulated = self.probabilities(logits.cpu()).cumsum(-1)  # where sums are the same each time, and rise
+        total = cumulated[:, -1:]
+        _check_finite(total)
         drawn = 1 - torch.cat([torch.rand(1, generator=generator) for generator in self._generators])  # in (0, 1]
-        return torch.searchsorted(cumulated, drawn.to(logits.device)[:, None] * cumulated[:, -1:])[:, 0]
+        return torch.searchsorted(cumulated, drawn[:, None] * total)[:, 0].to(logits.device)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What is drawn from, (B, V), for a temperature above 0; its sum is the share that `top_p` leaves."""
@@ -136,3 +140,7 @@ class Sampler:
             likelier = ordered.cumsum(-1) - ordered
             probabilities = probabilities.scatter(-1, order, ordered.masked_fill(likelier >= self.top_p, 0.0))
         return probabilities
+
+
+def _check_finite(values: Tensor) -> None:
+    check(bool(values.isfinite().all()), "the model's logits are not finite: take a checkpoint from before it diverged")

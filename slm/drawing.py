@@ -91,7 +91,7 @@ def loss_chart(title: str, lines: Sequence[Line], optimum: float | None, drops: 
 def ticks(low: float, high: float) -> list[float]:
     """Four to ten round numbers between the two."""
     size = 10 ** math.floor(math.log10((high - low) / 4))
-    step = next(size * factor for factor in (5, 2, 1) if (high - low) / (size * factor) >= 4)
+    step = next(size * factor for factor in (5, 2, 1, 0.5) if (high - low) / (size * factor) >= 4)
     return [round(step * count, 12) for count in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slm.checkpoint import WEIGHTS_NAME, DurableCheckpointIO, open_checkpoint
+from slm.checkpoint import DurableCheckpointIO, open_checkpoint
 from slm.durable import TEMPORARY
 from slm.endings import ends_in_one_line
 from slm.errors import NotWrittenError, check
-from slm.gpt2 import as_gpt2, as_gpt2_tokenizer, read_gpt2
-from slm.notices import new_parser, parse_flags, say
+from slm.gpt2 import as_gpt2, as_gpt2_tokenizer, import_transformers, read_gpt2
+from slm.notices import new_parser, parse_flags, say, silence_notices
 from slm.runs import read_run
 from slm.trained import restore
 
@@ -50,13 +50,14 @@ def write_folder(ckpt_path: str, output: Path) -> None:
         InputError: there is no such checkpoint, the folder is not empty or cannot be written, or `transformers` is not
             there.
     """
+    import_transformers()
     is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     check(is_free, f"output={output} is there and no empty folder: give another name, or remove it")
     path, content = open_checkpoint(ckpt_path, prefer="best")
     model = restore(path, content)
     tokenizer = as_gpt2_tokenizer(content.get("tokenizer"), model.hparams["vocab_size"], model.hparams["max_seq_len"])
     exported = as_gpt2(model, tokenizer.eos_token_id)
-    unfinished = output.with_name(output.name + TEMPORARY)
+    unfinished = output.absolute().with_name(output.absolute().name + TEMPORARY)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -65,7 +66,7 @@ def write_folder(ckpt_path: str, output: Path) -> None:
         _name_tokenizer_class(unfinished / "tokenizer_config.json")
         num_parameters = sum(weight.numel() for weight in model.transformer.parameters())
         (unfinished / "README.md").write_text(model_card(path, content, num_parameters), encoding="utf-8")
-        os.replace(unfinished, output)
+        os.replace(unfinished, output.absolute())
     except Exception as error:  # the writer of weights has errors of its own
         shutil.rmtree(unfinished, ignore_errors=True)
         if not isinstance(error, OSError) and "SafetensorError" not in type(error).__name__:
@@ -84,13 +85,13 @@ def _name_tokenizer_class(path: Path) -> None:
 def model_card(source: Path, content: Mapping[str, Any], num_parameters: int) -> str:
     """A checkpoint's card in Markdown, with the figures and settings of its run where the folder of that is there."""
     settings = {f"model.{name}": value for name, value in content["hyper_parameters"].items()}
+    source = source.absolute()
     folder = source.parent.parent if source.parent.name == "checkpoints" else source.parent
     run = read_run(folder) if (folder / "config.yaml").is_file() else None
     figures = [("parameters", f"{num_parameters:,}")]
     if run is not None:
-        is_best = source.name in ("best.ckpt", WEIGHTS_NAME)
         settings |= {name: _without_folders(value) for name, value in run.settings.items() if name.startswith(TOLD)}
-        figures += run.figures(run.best_step if is_best else run.last_step(content.get("global_step", 0)))
+        figures += run.figures(run.last_step(content["global_step"]) if "global_step" in content else run.best_step)
     return CARD.format(
         name=folder.absolute().name if run else source.stem,
         source=source.name,
@@ -120,11 +121,12 @@ def import_gpt2(from_gpt2: Path, output: Path) -> None:
     say(f"{output} holds the weights of {from_gpt2}, {kind}")
 
 
-def run(ckpt_path: str = "best", from_gpt2: Path | None = None, output: Path | None = None) -> None:
+def run(ckpt_path: str | None = None, from_gpt2: Path | None = None, output: Path | None = None) -> None:
     """Write a trained model in the format of GPT-2, or with `from_gpt2` read one in it.
 
     Args:
-        ckpt_path: `last` or `best` (of the newest run under `runs/`), a run folder (its best), a `.ckpt` or a `.pt`.
+        ckpt_path: `last` or `best` (of the newest run under `runs/`), a run folder (its best), a `.ckpt` or a `.pt`;
+            left out, it is `best`.
         from_gpt2: a folder with a GPT-2 in the format of `transformers`, to be read.
         output: the new or empty folder to be written, or with `from_gpt2` the new `.pt` file.
 
@@ -134,15 +136,17 @@ def run(ckpt_path: str = "best", from_gpt2: Path | None = None, output: Path | N
     check(output is not None, "output is missing: say where to with --output")
     assert output is not None
     if from_gpt2 is not None:
+        check(ckpt_path is None, f"ckpt_path={ckpt_path} is not read with --from_gpt2: leave one of them out")
         import_gpt2(from_gpt2, output)
     else:
-        write_folder(ckpt_path, output)
+        write_folder(ckpt_path or "best", output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = new_parser("export")
     parser.add_function_arguments(run)
+    silence_notices()
     with ends_in_one_line():
         run(**vars(parse_flags(parser, argv)))
 

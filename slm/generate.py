@@ -50,10 +50,10 @@ class Settings:
         check(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
         check(self.num_samples >= 1, f"num_samples={self.num_samples} must be at least 1")
         check(all(self.stop), "stop='' would end every text: give a text that is not empty")
-        self.sampler()
+        Sampler(self.temperature, self.top_k, self.top_p, self.seed)
 
     def sampler(self) -> Sampler:
-        """What chooses the tokens; raises InputError for what it cannot."""
+        """What chooses the tokens of all samples."""
         return Sampler(self.temperature, self.top_k, self.top_p, self.seed, self.num_samples)
 
 
@@ -112,6 +112,7 @@ class Writer:
 
     def _ids(self, prompt: str) -> list[int]:
         try:
+            prompt.encode()
             ids = array(self.tokenizer.typecode, self.tokenizer.encode([(prompt, False)])).tolist()
         except UnicodeEncodeError as error:
             raise InputError(f"prompt={prompt!r} is not UTF-8 text") from error
@@ -170,6 +171,8 @@ def _show(writer: Writer, prompt: str, settings: Settings, name: str = "") -> No
 def _converse(writer: Writer, settings: Settings) -> None:
     """Go on with each line of the standard input; Ctrl-C in a terminal ends a text, Ctrl-D all of it."""
     is_terminal, found = sys.stdin.isatty(), False
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # to be refused with the prompt
     while True:
         if is_terminal:
             print("> ", end="", file=sys.stderr, flush=True)
@@ -181,10 +184,12 @@ def _converse(writer: Writer, settings: Settings) -> None:
             found = True
             try:
                 _show(writer, prompt, settings)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, InputError) as error:
                 if not is_terminal:
                     raise
                 print(flush=True)
+                if isinstance(error, InputError):
+                    say(f"error: {error}")
 
 
 def _read_prompt(path: str) -> str:

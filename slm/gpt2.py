@@ -95,7 +95,8 @@ def as_gpt2(model: LanguageModel, end_of_text: int | None) -> Any:
     dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop"), model.hparams["dropout"])
     config = transformers.GPT2Config(**sizes, **dropout, bos_token_id=end_of_text, eos_token_id=end_of_text)
     exported = transformers.GPT2LMHeadModel(config)
-    exported.load_state_dict(to_gpt2(model.transformer.state_dict()), strict=False)  # without the tied output layer
+    missing, untold = exported.load_state_dict(to_gpt2(model.transformer.state_dict()), strict=False)
+    assert (missing, untold) == (["lm_head.weight"], [])  # which is tied
     exported.tie_weights()
     return exported
 

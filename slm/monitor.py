@@ -1,4 +1,4 @@
-"""What a run shows: its bar, its speed, the and the known optimum beside the loss."""
+"""What a run shows: its bar, its speed, and the known optimum beside the loss."""
 
 import math
 import sys

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from slm.errors import InputError
 
 LOG_LINES = {
+    "tensorboard": ["Detected out of order event.step"],  # a killed run's points, which were drawn again
     "lightning.fabric.utilities.seed": [r"(\[rank: \d+\] )?Seed set to "],
     "lightning.fabric.utilities.distributed": ["Initializing distributed: "],
     "lightning.pytorch.utilities.rank_zero": [

@@ -1,6 +1,5 @@
 """What the runs of a folder reached, side by side: `python -m slm.runs`."""
 
-import inspect
 import json
 import math
 import statistics
@@ -16,10 +15,11 @@ from slm.checkpoint import RUNS
 from slm.curves import Curve, read_curves, seconds_drawn
 from slm.endings import ends_in_one_line
 from slm.errors import InputError, check
-from slm.notices import new_parser, parse_flags, say
+from slm.hyperparameters import SHAPES
+from slm.notices import new_parser, parse_flags, say, silence_notices
 from slm.transformer import Transformer
 
-UNTOLD = ("trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir")
+UNTOLD = ("trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir", "watch.")
 """Settings that change nothing in what a run reaches."""
 COLUMNS = ("run", "val/loss", "bits/byte", "parameters", "tokens", "time", "tokens/s", "what differs")
 
@@ -79,13 +79,11 @@ class Run:
 
     def num_parameters(self) -> int:
         """Of its network; raises InputError where the settings give no network."""
-        sizes: dict[str, Any] = {
-            name: self.settings.get(f"model.{name}") for name in inspect.signature(Transformer).parameters
-        }
-        missing = [name for name, size in sizes.items() if not isinstance(size, int | float)]
-        check(not missing, f"{self.path / 'config.yaml'} does not give model.{', model.'.join(missing)}: restore it")
+        sizes = {name: self.settings.get(f"model.{name}") for name in SHAPES}
+        missing = ", model.".join(name for name, size in sizes.items() if not isinstance(size, int))
+        check(not missing, f"{self.path / 'config.yaml'} does not give model.{missing} as whole numbers: restore it")
         with torch.device("meta"):
-            return sum(weight.numel() for weight in Transformer(**sizes).parameters())
+            return sum(weight.numel() for weight in Transformer(**sizes, dropout=0.0).parameters())  # type: ignore[arg-type]
 
 
 def read_run(path: Path) -> Run:
@@ -95,8 +93,8 @@ def read_run(path: Path) -> Run:
 
 def table(runs: Sequence[Run]) -> str:
     """Runs in Markdown, the best first: by bits per byte where all have them, else by validation loss."""
-    have_bits = all(run.best("val/bits_per_byte") is not None for run in runs)
-    told = sorted({name for run in runs for name in run.settings} - {*UNTOLD})
+    have_bits = all(run.best("val/bits_per_byte") is not None for run in runs if run.best_step is not None)
+    told = sorted({name for run in runs for name in run.settings if not name.startswith(UNTOLD)})
     differing = [name for name in told if len({str(run.settings.get(name)) for run in runs}) > 1]
     rows: list[tuple[str, ...]] = [COLUMNS]
     for run in sorted(runs, key=lambda run: _or_last(run.best("val/bits_per_byte" if have_bits else "val/loss"))):
@@ -171,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = new_parser("runs")
     parser.add_function_arguments(show)
+    silence_notices()
     with ends_in_one_line():
         show(**vars(parse_flags(parser, argv)))
 

@@ -22,7 +22,7 @@ class Numbers:
         """The ids that the pieces name, with spaces between them; raises InputError where that is no id."""
         names = " ".join(text for text, _ in pieces).split()
         for name in names:
-            is_id = name.isascii() and name.isdigit() and int(name) < self.vocab_size
+            is_id = name.isascii() and name.isdigit() and len(name) < 19 and int(name) < self.vocab_size
             check(
                 is_id,
                 f"prompt: {name!r} is no token id: this model was trained without a tokenizer, it takes numbers below "
@@ -52,6 +52,8 @@ class TextStream:
         self._ids = list(before)
         self._num_decoded = len(tokenizer.decode(self._ids))
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        if tokenizer.pieces is not None:
+            self._utf8.decode(b"".join(tokenizer.pieces[token] for token in self._ids[-4:]))  # may end in a character
         self._stops = stops
         self._held = ""
 
@@ -73,7 +75,8 @@ class TextStream:
     def finish(self) -> str:
         """What was held back as the beginning of a stop text; the bytes of half a character are left out."""
         self.is_over = True
-        return self._held
+        text, self._held = self._held, ""
+        return text
 
     def _decoded(self, token: int) -> str:
         """The characters that are whole now."""

@@ -53,9 +53,11 @@ class Watch:
 
 
 class Watcher(Callback):
-    """Shows what `Watch` says, of the held-out windows, in at most a hundredth of the run's time.
+    """Shows what `Watch` says, of the held-out windows.
 
-    It draws no random numbers but its own, so a run is the same with and without it.
+    A validation is passed over where watching it would bring what was spent on that above a hundredth of the run's
+    time; the first one never is, unless its loss is not finite. It draws no random numbers but its own, so a run is
+    the same with and without it.
     """
 
     def __init__(self, watch: Watch) -> None:
@@ -69,7 +71,8 @@ class Watcher(Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         allowed = LARGEST_SHARE_OF_TIME * (time.monotonic() - self._start)
-        if not is_fitting(trainer) or self._spent + self._last_cost > allowed:
+        is_sound = bool(torch.as_tensor(trainer.callback_metrics["val/loss"]).isfinite())
+        if not is_fitting(trainer) or not is_sound or self._spent + self._last_cost > allowed:
             return
         start = time.monotonic()
         for writer in _writers(trainer):

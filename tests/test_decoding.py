@@ -124,6 +124,15 @@ def test_a_value_out_of_range_is_refused(settings: dict[str, float], message: st
         Sampler(**settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(temperature: float, bad: float) -> None:
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = bad
+    with pytest.raises(InputError, match="the model's logits are not finite"):
+        Sampler(temperature, batch_size=2)(logits)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_writes_the_same_tokens() -> None:

@@ -161,6 +161,25 @@ def test_what_does_not_fit_the_file_is_refused(
     assert message in refused("--init_from=model.pt", *flags)
 
 
+def test_shapes_in_a_configuration_give_way_and_that_is_said(slm: Run) -> None:
+    save("model.pt", None)
+    Path("model.yaml").write_text("model: {embed_dim: 64, learning_rate: 0.01}")
+    output = slm("--init_from=model.pt", "--config=model.yaml", "--data.num_tokens=2000", "--trainer.max_steps=1")
+    assert "model.embed_dim is 16, which the weights in model.pt have, and not 64" in output
+    assert torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)["hyper_parameters"]["embed_dim"] == 16
+
+
+def test_the_newest_run_to_begin_with_is_one_that_has_a_checkpoint(slm: Run) -> None:
+    slm(*SMALL_FLAGS, "--trainer.max_epochs=1")
+    Path("runs/version_1").mkdir()
+    slm("--init_from=best", "--data.num_tokens=2000", "--trainer.max_epochs=1")
+    assert "runs/version_0/checkpoints/best.ckpt" in Path("runs/version_2/config.yaml").read_text()
+
+
+def test_a_file_to_begin_with_that_is_not_there_is_refused(refused: Callable[..., str]) -> None:
+    assert refused("--init_from=none.pt").startswith("error: init_from=none.pt: there is no such file")
+
+
 def test_an_evaluation_begins_nothing(workdir: Path, refused: Callable[..., str]) -> None:
     save("model.pt", "bytes", vocab_size=256)
     assert "--init_from=model.pt begins a new run, validate goes on" in refused("validate", "--init_from=model.pt")
@@ -198,6 +217,7 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ([], "error: output is missing: say where to with --output"),
         (["--output=full"], "error: output=full is there and no empty folder"),
         (["--output=new", "--ckpt_path=none.pt"], "error: ckpt_path=none.pt: there is no such file"),
+        (["--output=new.pt", "--from_gpt2=full", "--ckpt_path=best"], "error: ckpt_path=best is not read with"),
         (["--output=new.pt", "--from_gpt2=none"], "error: from_gpt2=none is no folder"),
         (["--output=new.pt", "--from_gpt2=full"], "error: from_gpt2=full cannot be read as a GPT-2"),
         (["--output=model.pt", "--from_gpt2=full"], "error: output=model.pt is there already"),

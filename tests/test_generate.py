@@ -11,6 +11,7 @@ from conftest import fit, small_model
 import slm
 from slm.data import TextData
 from slm.generate import Settings, Writer, main, write
+from slm.tokenizer import train_bpe
 
 RHYME = "one two three four five six seven. "
 GREEDY = ["--temperature=0", "--max_new_tokens=8"]
@@ -176,6 +177,17 @@ def test_no_prompt_at_all_is_refused(
         main([f"--ckpt_path={trained}"])
     message = "error: there is no prompt: give --prompt, --prompt_file, or lines to standard input\n"
     assert capsys.readouterr() == ("", message)
+
+
+def test_a_prompt_that_is_no_text_is_refused(trained: Path, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers")
+    bpe = train_bpe(iter([RHYME]), 256 + 1)
+    content = torch.load(trained, weights_only=True)
+    torch.save({**content, "tokenizer": bpe.dump()}, "bpe.pt")
+    for path in (str(trained), "bpe.pt"):
+        with pytest.raises(SystemExit):
+            main([f"--ckpt_path={path}", "--prompt=a\udcff"])
+        assert capsys.readouterr() == ("", "error: prompt='a\\udcff' is not UTF-8 text\n")
 
 
 def test_a_prompt_file_that_is_no_text_is_refused(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:

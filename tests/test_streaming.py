@@ -84,3 +84,12 @@ def test_the_text_ends_before_the_first_stop(text: str, stops: list[str]) -> Non
     seen = text[: ends[0]] if ends else text
     cut = min((seen.index(stop) for stop in stops if stop in seen), default=len(seen))
     assert "".join(stream(ByteTokenizer(), text.encode(), stops)) == seen[:cut]
+
+
+def test_an_end_at_the_last_token_shows_what_waited_once() -> None:
+    text = TextStream(ByteTokenizer(), b"", ["abc"])
+    assert "".join([*map(text.add, b"xab\xff"), text.finish()]) == "xab"
+
+
+def test_a_character_that_began_in_what_came_before_is_none_of_its_own() -> None:
+    assert TextStream(ByteTokenizer(), "é".encode()[:1]).add("é".encode()[1]) == "é"
