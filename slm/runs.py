@@ -79,11 +79,11 @@ class Run:
 
     def num_parameters(self) -> int:
         """Of its network; raises InputError where the settings give no network."""
-        sizes = {name: self.settings.get(f"model.{name}") for name in SHAPES}
+        sizes: dict[str, Any] = {name: self.settings.get(f"model.{name}") for name in SHAPES}
         missing = ", model.".join(name for name, size in sizes.items() if not isinstance(size, int))
         check(not missing, f"{self.path / 'config.yaml'} does not give model.{missing} as whole numbers: restore it")
         with torch.device("meta"):
-            return sum(weight.numel() for weight in Transformer(**sizes, dropout=0.0).parameters())  # type: ignore[arg-type]
+            return sum(weight.numel() for weight in Transformer(**sizes, dropout=0.0).parameters())
 
 
 def read_run(path: Path) -> Run:
