@@ -26,7 +26,7 @@ Continue = Callable[[], object]
 def measure(
     batch_sizes: Sequence[int] = (1, 4, 16, 64),
     contexts: Sequence[int] = (128, 1024),
-    rounds: int = 5,
+    rounds: int = 3,
     accelerator: str = "auto",
 ) -> None:
     """Print how many tokens a second the default model writes at each batch size and context.

@@ -25,8 +25,8 @@ from slm.token_data import TokenData
 from slm.tokenizer import Tokenizer, load_tokenizer
 from slm.transformer import Transformer, causal_weights
 
-LARGEST_SHARE_OF_TIME = 0.01
-"""What watching may cost: a validation is passed over where it would be more."""
+LARGEST_SHARE_OF_TIME = 0.006
+"""What watching validations may cost; the end takes the rest of a hundredth of a run of half a minute."""
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 16, 64
 ATTENDING_TOKENS = 16
 EMBEDDED_TOKENS = 500
@@ -55,7 +55,7 @@ class Watch:
 class Watcher(Callback):
     """Shows what `Watch` says, of the held-out windows.
 
-    A validation is passed over where watching it would bring what was spent on that above a hundredth of the run's
+    A validation is passed over where watching it would bring what was spent on that above its share of the
     time; the first one never is, unless its loss is not finite. It draws no random numbers but its own, so a run is
     the same with and without it.
     """
