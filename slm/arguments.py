@@ -85,9 +85,13 @@ def read_request(argv: Sequence[str]) -> Request:
     _refuse_ignored(flags)
     request = Request(subcommand, flags)
     initial = _take_option(flags, "--init_from")[1]
+    others = "--ckpt_path" if ckpt_paths else subcommand if subcommand != "fit" else ""
     if initial:
-        others = "--ckpt_path" if ckpt_paths else subcommand if subcommand != "fit" else ""
         check(not others, f"--init_from={initial[-1]} begins a new run, {others} goes on with one: give one of them")
+    elif not others:
+        configs = map(read_settings, _take_option(flags, "-c", "--config")[1])
+        initial = [config["init_from"] for config in configs if config.get("init_from") is not None]
+    if initial:
         _begin_with(request, initial[-1])
     elif ckpt_paths:
         _find_checkpoint(request, ckpt_paths[-1])
@@ -198,9 +202,7 @@ def _refuse_ignored(flags: list[str]) -> None:
     """
     given = {flag.partition("=")[0].removeprefix("--").replace(".init_args", "") for flag in flags}
     for config in map(read_settings, _take_option(flags, "-c", "--config")[1]):
-        for name in ("ckpt_path", "init_from"):
-            stands = f"{name} stands in a file of settings: give it as --{name} instead"
-            check(config.get(name) is None, stands)
+        check("ckpt_path" not in config, "ckpt_path stands in a file of settings: give it as --ckpt_path instead")
     for data in _settings_given(flags, "data"):
         given |= {f"data.{name}" for name in {**data, **(data.get("init_args") or {})}}
     for name in LINKED:

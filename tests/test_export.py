@@ -121,7 +121,13 @@ def test_a_gpt2_of_others_computes_the_same_here_and_can_be_trained_further(slm:
     for name, value in begun.items():
         torch.testing.assert_close(kept["state_dict"][f"transformer.{name}"], value, atol=1e-6, rtol=0)
     assert f"init_from: {Path('gpt2.pt').absolute()}" in Path("runs/version_0/config.yaml").read_text()
-    assert "go on" not in slm("--ckpt_path=last", "--trainer.max_epochs=2")
+    Path("again.yaml").write_text("init_from: gpt2.pt\ndata: {init_args: {num_tokens: 2000}}")
+    slm("--config=again.yaml", "--trainer.max_epochs=1", rate, "--model.min_learning_rate=0")
+    again = torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, again[name]) for name, value in kept["state_dict"].items())
+    slm("--config=runs/version_1/config.yaml")
+    assert Path("runs/version_2/checkpoints/last.ckpt").is_file()
+    slm("--ckpt_path=runs/version_0", "--trainer.max_epochs=2")
 
 
 def test_a_run_begins_with_the_tokenizer_of_the_file(slm: Run) -> None:
