@@ -82,7 +82,8 @@ class CommandLine(LightningCLI):
             say(f"{request.run} goes on from {request.checkpoint}")
         self.config = self._parse([request.subcommand, *request.stored, *request.flags])
         settings = self.config[request.subcommand]
-        check(0 <= (seed := settings.seed_everything) < 2**32, f"seed_everything={seed} must be in [0, 2**32)")
+        seed = settings.seed_everything
+        check(0 <= seed < 2**32, f"seed_everything={seed} must be at least 0 and below 2**32")
         if request.content is not None:
             check_applicable(request.content["hyper_parameters"], dict(settings.model))
         if settings.init_from is not None and request.content is None:
