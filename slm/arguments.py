@@ -87,7 +87,8 @@ def read_request(argv: Sequence[str]) -> Request:
     initial = _take_option(flags, "--init_from")[1]
     others = "--ckpt_path" if ckpt_paths else subcommand if subcommand != "fit" else ""
     if initial:
-        check(not others, f"--init_from={initial[-1]} begins a new run, {others} goes on with one: give one of them")
+        remedy = f"leave it out, {others} " + ("goes on with one" if ckpt_paths else "needs --ckpt_path")
+        check(not others, f"--init_from={initial[-1]} begins a new run: {remedy}")
     elif not others:
         configs = map(read_settings, _take_option(flags, "-c", "--config")[1])
         initial = [config["init_from"] for config in configs if config.get("init_from") is not None]

@@ -71,8 +71,8 @@ class Writer:
     def __init__(self, ckpt_path: str | Path = "best", accelerator: str = "auto") -> None:
         device = accelerator_kind(accelerator)
         check(device in ("cpu", "cuda", "mps"), f"accelerator={accelerator} must be auto, cpu, gpu, cuda or mps")
-        path, content = open_checkpoint(ckpt_path, prefer="best")
-        self.model = restore(path, content).to(device)
+        self.path, content = open_checkpoint(ckpt_path, prefer="best")
+        self.model = restore(self.path, content).to(device)
         dumped = content.get("tokenizer")
         vocab_size = self.model.hparams["vocab_size"]
         self.tokenizer: Tokenizer | Numbers = Numbers(vocab_size) if dumped is None else load_tokenizer(dumped)
@@ -116,10 +116,12 @@ class Writer:
             ids = array(self.tokenizer.typecode, self.tokenizer.encode([(prompt, False)])).tolist()
         except UnicodeEncodeError as error:
             raise InputError(f"prompt={prompt!r} is not UTF-8 text") from error
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from error
         if ids:
             return ids
         if self.tokenizer.end_of_text is None:
-            raise InputError("the prompt is empty, and a model without tokenizer needs a token to begin with")
+            raise InputError(f"the prompt is empty: {self.path} has no tokenizer, it needs a token to begin with")
         return [self.tokenizer.end_of_text]
 
 

@@ -221,6 +221,6 @@ def refuse_other_tokenizer(fits: bool, stored: str | None, own: str | None) -> N
     """Raise InputError unless the tokenizer of a checkpoint fits the data."""
     check(
         fits,
-        f"the checkpoint was trained with tokenizer={stored}, the data has tokenizer={own}: name its own data with "
-        "--data or --config",
+        f"the checkpoint was trained with tokenizer={stored}, the data has tokenizer={own}: name data with "
+        "that one with --data or --config",
     )

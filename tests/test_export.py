@@ -156,7 +156,7 @@ def test_a_run_that_was_killed_before_it_saved_begins_with_the_file_again(slm: R
     ("flags", "message"),
     [
         (["--model.embed_dim=32"], "embed_dim=32 cannot apply to the weights in model.pt, which have embed_dim=16"),
-        (["--ckpt_path=last"], "--init_from=model.pt begins a new run, --ckpt_path goes on with one"),
+        (["--ckpt_path=last"], "--init_from=model.pt begins a new run: leave it out, --ckpt_path goes on with one"),
         (["--data=DummyData"], "the checkpoint was trained with tokenizer=bytes, the data has tokenizer=None"),
     ],
 )
@@ -188,7 +188,8 @@ def test_a_file_to_begin_with_that_is_not_there_is_refused(refused: Callable[...
 
 def test_an_evaluation_begins_nothing(workdir: Path, refused: Callable[..., str]) -> None:
     save("model.pt", "bytes", vocab_size=256)
-    assert "--init_from=model.pt begins a new run, validate goes on" in refused("validate", "--init_from=model.pt")
+    message = "--init_from=model.pt begins a new run: leave it out, validate needs --ckpt_path"
+    assert message in refused("validate", "--init_from=model.pt")
 
 
 def test_the_card_has_the_figures_of_the_run_and_no_folder_of_its_machine(slm: Run) -> None:
