@@ -221,10 +221,8 @@ class CommandLine(LightningCLI):
                 self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False, weights_only=True
             )
         if self.run is not None:
-            hparams, reached = (
-                {**self.datamodule.hparams, **self.model.hparams},
-                metrics["val/loss"] if has_best else None,
-            )
+            hparams = {**self.datamodule.hparams, **self.model.hparams}
+            reached = metrics["val/loss"] if has_best else None
             figure, step = self._get(self.config_init, "watch").loss_figure, trainer.global_step
             show_in_tensorboard(loggers, self.run, hparams, reached, self.datamodule.optimum, step, figure)
         if trainer.is_global_zero:

@@ -35,7 +35,7 @@ def ends_in_one_line() -> Iterator[None]:
         sys.exit(128 + signal.SIGTERM)
     except BrokenPipeError:  # the reader of the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(128 + 13)  # SIGPIPE, which Windows does not name
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
             sys.exit(128 + signal.SIGINT)  # Lightning makes it SystemExit(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -25,6 +26,7 @@ HPARAMS_LOSS = "best/val_loss"
 FIGURE = "loss.png"
 
 
+@rank_zero_only
 def show_in_tensorboard(
     loggers: Iterable[Logger],
     run: Path,
