@@ -143,6 +143,8 @@ class CommandLine(LightningCLI):
             load_weights(self.model.transformer, before, path)
         if before is not None:
             self.datamodule.continue_with(before.get("tokenizer"))
+        if self.request.initial is not None:
+            say(f"begins with the weights of {self.request.initial[0]}")
         self.datamodule.setup()
         if self.subcommand == "fit" and not self.is_other_data_meant:
             check_same_data(self.request, self.datamodule.fingerprint)

@@ -172,6 +172,9 @@ def _show(writer: Writer, prompt: str, settings: Settings, name: str = "") -> No
 
 def _converse(writer: Writer, settings: Settings) -> None:
     """Go on with each line of the standard input; Ctrl-C in a terminal ends a text, Ctrl-D all of it."""
+    no_prompt = "there is no prompt: give --prompt, --prompt_file, or lines to standard input"
+    if sys.stdin is None:  # it was closed
+        raise InputError(no_prompt)
     is_terminal, found = sys.stdin.isatty(), False
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # to be refused with the prompt
@@ -180,7 +183,7 @@ def _converse(writer: Writer, settings: Settings) -> None:
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
-            check(found or is_terminal, "there is no prompt: give --prompt, --prompt_file, or lines to standard input")
+            check(found or is_terminal, no_prompt)
             return
         if prompt := line.rstrip("\r\n"):
             found = True

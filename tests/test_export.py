@@ -178,7 +178,8 @@ def test_shapes_in_a_configuration_give_way_and_that_is_said(slm: Run) -> None:
 def test_the_newest_run_to_begin_with_is_one_that_has_a_checkpoint(slm: Run) -> None:
     slm(*SMALL_FLAGS, "--trainer.max_epochs=1")
     Path("runs/version_1").mkdir()
-    slm("--init_from=best", "--data.num_tokens=2000", "--trainer.max_epochs=1")
+    output = slm("--init_from=best", "--data.num_tokens=2000", "--trainer.max_epochs=1")
+    assert "begins with the weights of runs/version_0/checkpoints/best.ckpt" in output
     assert "runs/version_0/checkpoints/best.ckpt" in Path("runs/version_2/config.yaml").read_text()
 
 

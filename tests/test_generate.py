@@ -169,10 +169,11 @@ def test_a_mistake_is_one_line(flag: str, message: str, workdir: Path, capsys: p
     assert line.startswith(message)
 
 
+@pytest.mark.parametrize("stdin", [io.StringIO(""), None], ids=["empty", "closed"])
 def test_no_prompt_at_all_is_refused(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stdin: io.StringIO | None, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(SystemExit):
         main([f"--ckpt_path={trained}"])
     message = "error: there is no prompt: give --prompt, --prompt_file, or lines to standard input\n"
