@@ -2,6 +2,29 @@
 
 `python -m tests.stress` prints a line for each stop and a table. Its exit status is 1 where a run was lost or ended
 with other bits, or where the runs that resume without `slm.resume` did not.
+After 23 minutes on two CPU cores it ended with `SIGKILLs in all 108, after the first checkpoint 82, inside a save 23,
+in chains 55`, and this table:
+
+| scenario | tried | survived | bitwise equal | steps lost, median and most |
+|---|---|---|---|---|
+| SIGINT | 22 | 22 | 22 | 0, 0 |
+| SIGKILL | 22 | 22 | 22 | 3, 47 |
+| SIGKILL inside a save of 30 MB | 22 | 22 | 22 | 6, 10 |
+| SIGTERM | 22 | 22 | 22 | 0, 0 |
+| chains of 2 to 6 stops, accumulation | 6 | 6 | 6 | 1, 3 |
+| chains of 2 to 6 stops, epochs | 6 | 6 | 6 | 1, 48 |
+| chains of 2 to 6 stops, sgd, 32 bits | 5 | 5 | 5 | 2, 5 |
+| chains of 2 to 6 stops, validations | 6 | 6 | 6 | 1, 6 |
+| code in the file | 1 | 1 | 1 |  |
+| cut short or empty | 10 | 10 | 10 |  |
+| full disk | 1 | 1 | 1 |  |
+| gradient not finite | 1 | 1 | 1 |  |
+| loss not finite | 1 | 1 | 1 |  |
+| one bit flipped | 60 | 60 | 60 |  |
+| read-only folder | 1 | 1 | 1 |  |
+| stopped in a validation | 23 | 23 | 23 | 0, 6 |
+| temporary files on another device | 1 | 1 | 1 | 6, 6 |
+| without slm.resume (must differ) | 1 | 1 | 0 | 0, 0 |
 """
 
 import argparse
