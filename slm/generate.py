@@ -16,8 +16,7 @@ from slm.endings import ends_in_one_line
 from slm.errors import InputError, check
 from slm.hardware import accelerator_kind
 from slm.notices import new_parser, parse_flags, say
-from slm.streaming import Numbers, TextStream
-from slm.tokenizer import Tokenizer, load_tokenizer
+from slm.streaming import TextStream, stored_tokenizer
 from slm.trained import restore
 
 
@@ -73,9 +72,7 @@ class Writer:
         check(device in ("cpu", "cuda", "mps"), f"accelerator={accelerator} must be auto, cpu, gpu, cuda or mps")
         self.path, content = open_checkpoint(ckpt_path, prefer="best")
         self.model = restore(self.path, content).to(device)
-        dumped = content.get("tokenizer")
-        vocab_size = self.model.hparams["vocab_size"]
-        self.tokenizer: Tokenizer | Numbers = Numbers(vocab_size) if dumped is None else load_tokenizer(dumped)
+        self.tokenizer = stored_tokenizer(content.get("tokenizer"), self.model.hparams["vocab_size"])
 
     def stream(self, prompt: str, settings: Settings) -> Iterator[tuple[int, str]]:
         """The prompt and what the model writes after it, in pieces, each with the number of its sample, in order.

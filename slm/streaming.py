@@ -3,9 +3,10 @@
 import codecs
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from slm.errors import check
-from slm.tokenizer import Tokenizer
+from slm.tokenizer import Tokenizer, load_tokenizer
 
 
 class Numbers:
@@ -33,6 +34,12 @@ class Numbers:
     def decode(self, ids: Iterable[int]) -> str:
         """The numbers of the ids."""
         return " ".join(map(str, ids))
+
+
+@lru_cache(maxsize=1)
+def stored_tokenizer(dumped: str | None, vocab_size: int) -> Tokenizer | Numbers:
+    """The tokenizer that a checkpoint holds, or numbers where it has none; the last one is kept."""
+    return Numbers(vocab_size) if dumped is None else load_tokenizer(dumped)
 
 
 class TextStream:

@@ -20,9 +20,9 @@ from slm.decoding import Sampler, decode
 from slm.drawing import attention_image
 from slm.notices import say
 from slm.resume import is_fitting
-from slm.streaming import Numbers, TextStream
+from slm.streaming import Numbers, TextStream, stored_tokenizer
 from slm.token_data import TokenData
-from slm.tokenizer import Tokenizer, load_tokenizer
+from slm.tokenizer import Tokenizer
 from slm.transformer import Transformer, causal_weights
 
 LARGEST_SHARE_OF_TIME = 0.006
@@ -95,7 +95,7 @@ class Watcher(Callback):
     def _samples(self, trainer: Trainer, module: Any) -> str:
         """In Markdown: the beginnings of held-out windows, and how the model goes on with them."""
         data: TokenData = trainer.datamodule  # type: ignore[attr-defined]
-        windows, tokenizer = data.val_windows, tokenizer_of(data)
+        windows, tokenizer = data.val_windows, stored_tokenizer(data.tokenizer, data.hparams["vocab_size"])
         assert windows is not None
         chosen = [windows[len(windows) * number // NUM_PROMPTS][0][:PROMPT_TOKENS] for number in range(NUM_PROMPTS)]
         prompts = torch.stack(chosen).to(module.device)  # (B, T)
@@ -117,7 +117,7 @@ class Watcher(Callback):
         data: TokenData = trainer.datamodule  # type: ignore[attr-defined]
         assert data.val_windows is not None
         tokens = data.val_windows[0][0][:ATTENDING_TOKENS]
-        tokenizer = tokenizer_of(data)
+        tokenizer = stored_tokenizer(data.tokenizer, data.hparams["vocab_size"])
         names = [label(tokenizer, token) for token in tokens.tolist()]
         for layer, weights in enumerate(attention(module.transformer, tokens.to(module.device)), start=1):
             picture = np.asarray(attention_image(weights.cpu(), names, f"layer {layer}"))
@@ -146,7 +146,7 @@ def _show_embedding(trainer: Trainer, module: Any, writer: Any) -> None:
     weights, stream = module.transformer.token_embedding.weight.detach(), data.val_windows.stream[: 2**20]
     counts = torch.bincount(torch.as_tensor(stream).long(), minlength=len(weights))
     chosen = counts.argsort(descending=True, stable=True)[: min(EMBEDDED_TOKENS, int((counts > 0).sum()))]
-    tokenizer = tokenizer_of(data)
+    tokenizer = stored_tokenizer(data.tokenizer, data.hparams["vocab_size"])
     names = [
         [label(tokenizer, token), str(count)]
         for token, count in zip(chosen.tolist(), counts[chosen].tolist(), strict=True)
@@ -169,11 +169,6 @@ def label(tokenizer: Tokenizer | Numbers, token: int) -> str:
     text = tokenizer.decode([token]) if tokenizer.pieces is None else tokenizer.pieces[token].decode(errors=LONE)
     names = ("_" if c == " " else c if "!" <= c <= "~" else ascii(c)[1:-1].replace("\\udc", "\\x") for c in text)
     return "".join(names)[:LONGEST_LABEL]
-
-
-def tokenizer_of(data: TokenData) -> Tokenizer | Numbers:
-    """What its tokens stand for."""
-    return Numbers(data.hparams["vocab_size"]) if data.tokenizer is None else load_tokenizer(data.tokenizer)
 
 
 def _block(text: str) -> str:
