@@ -55,11 +55,33 @@ def compile_mode(device: str, network: torch.nn.Module) -> str | None:
 
 
 def has_native_bf16() -> bool:
-    """Whether this processor has instructions for bf16 arithmetic; without them bf16 is slower than 32-bit."""
+    """Whether torch multiplies in bf16 with instructions for it on this processor; without them 32-bit is faster.
+
+    `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` can keep torch from instructions that the processor has.
+    """
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return bool(torch.cpu._is_avx512_bf16_supported())  # torch before 2.12
+        is_there = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:  # torch before 2.12
+        is_there = bool(torch.cpu._is_avx512_bf16_supported())
+    return is_there and not _is_held_back()
+
+
+def _is_held_back() -> bool:
+    """Whether the environment keeps ATen or oneDNN to instructions from before AVX512 on an x86 processor."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    knows_bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    return not (torch.backends.cpu.get_cpu_capability().startswith("AVX512") and knows_bf16())
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The type in which this device multiplies matrices fastest, of bf16 and 32 bits."""
+    if device.type == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_native = device.type == "cpu" and has_native_bf16()
+    return torch.bfloat16 if is_native else torch.float32
 
 
 def accelerator_kind(asked: str) -> str:

@@ -6,11 +6,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from slm.errors import check
+from slm.hardware import fast_dtype
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
+MOMENTUM = 0.95
+"""Muon's."""
+ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
+"""Of Newton and Schulz, as Jordan chose them."""
 
 
 def build_optimizer(transformer: nn.Module, hparams: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
@@ -47,24 +52,24 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     One optimizer, so that the Trainer clips, accumulates and saves as it does with any other. Muon's steps are scaled
     to the size of AdamW's (Liu et al., 2025, "Muon is Scalable for LLM Training"), so that one learning rate fits both.
+    torch's own Muon computes in bf16 on every processor and takes one matrix after another: on a processor without bf16
+    the small text recipe then trained at an eighth of AdamW's speed.
 
     Args:
-        matrices: the parameter group that Muon steps.
+        matrices: the parameter group that Muon steps; of more than two dimensions, the last two are a matrix.
         others: the parameter groups that AdamW steps.
         lr: the learning rate of all of them.
         fused: whether one kernel does AdamW's step.
     """
 
     def __init__(self, matrices: dict[str, Any], others: list[dict[str, Any]], lr: float, fused: bool) -> None:
-        self._muon = torch.optim.Muon([matrices], lr=lr, adjust_lr_fn="match_rms_adamw")
         self._adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), fused=fused)
-        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
+        super().__init__([{"lr": lr, "weight_decay": 0.0, **matrices}, *self._adamw.param_groups], {})
         self._share()
 
     def _share(self) -> None:
-        """Let both parts work on this optimizer's groups and state."""
-        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        self._muon.state = self._adamw.state = self.state
+        """Let AdamW work on this optimizer's groups and state."""
+        self._adamw.param_groups, self._adamw.state = self.param_groups[1:], self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -72,9 +77,46 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()
-        self._muon.step()  # type: ignore[no-untyped-call]
+        self._step_matrices()
         self._adamw.step()
         return loss
+
+    @torch.no_grad()
+    def _step_matrices(self) -> None:
+        group = self.param_groups[0]
+        parameters = [p for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in parameters]
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
+        same_shape: dict[torch.Size, list[int]] = {}
+        for index, parameter in enumerate(parameters):
+            same_shape.setdefault(parameter.shape, []).append(index)
+        for shape, indices in same_shape.items():
+            steps = orthogonalized(torch.stack([updates[index] for index in indices]))
+            rate = 0.2 * math.sqrt(max(shape[-2:])) * group["lr"]
+            for index, step in zip(indices, steps, strict=True):
+                parameters[index].mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=rate)
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Matrices (..., M, N) with their singular values brought to about 1: between 0.7 and 1.2, but for tiny ones.
+
+    A few iterations of Newton and Schulz with Jordan's coefficients, in the type that the device multiplies fastest.
+    """
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    wide = (matrices.mT if is_tall else matrices).to(fast_dtype(matrices.device))
+    x = wide.reshape(-1, *wide.shape[-2:])  # (K, M, N), M <= N
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.view(wide.shape)
+    return x.mT if is_tall else x
 
 
 def cosine_rate(step: int, num_steps: int, hparams: Mapping[str, Any]) -> float:

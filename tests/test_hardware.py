@@ -26,9 +26,33 @@ def test_another_precision_is_taken_as_asked() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the oracle is Linux's own list of flags")
-def test_native_bf16_is_what_the_processor_reports() -> None:
+def test_native_bf16_is_what_the_processor_reports(unheld: None) -> None:
     flags = Path("/proc/cpuinfo").read_text()
     assert has_native_bf16() == bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the variables are read on x86 alone")
+@pytest.mark.parametrize(
+    "held", [{"ATEN_CPU_CAPABILITY": "avx2"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}]
+)
+def test_bf16_is_not_native_where_torch_is_kept_from_its_instructions(held: dict[str, str]) -> None:
+    code = (
+        "import torch\n"
+        "if hasattr(torch.cpu, 'get_capabilities'):\n"
+        "    torch.cpu.get_capabilities = lambda: {'avx512_bf16': True}\n"
+        "else:\n"
+        "    torch.cpu._is_avx512_bf16_supported = lambda: True\n"
+        "from slm.hardware import fast_dtype, has_native_bf16\n"
+        "print(has_native_bf16(), fast_dtype(torch.device('cpu')))\n"
+    )
+    result = run_command("-c", code, cwd=ROOT, **held)
+    assert result.stdout == "False torch.float32\n", result.stderr
+
+
+@pytest.fixture
+def unheld(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment keeps torch to."""
+    monkeypatch.setattr("slm.hardware._is_held_back", lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -40,14 +64,14 @@ def test_native_bf16_is_what_the_processor_reports() -> None:
     ],
 )
 def test_only_an_instruction_for_bf16_counts(
-    capabilities: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
+    capabilities: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch, unheld: None
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert has_native_bf16() is expected
 
 
 @pytest.mark.parametrize("expected", [True, False])
-def test_an_older_torch_is_asked_in_its_own_way(expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_torch_is_asked_in_its_own_way(expected: bool, monkeypatch: pytest.MonkeyPatch, unheld: None) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: expected)
     assert has_native_bf16() is expected

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from slm.errors import InputError
-from slm.optimizer import MuonWithAdamW, cosine_rate
+from slm.optimizer import MuonWithAdamW, cosine_rate, orthogonalized
 
 
 class Steps(Callback):
@@ -128,22 +128,67 @@ def parts() -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     return torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(6))
 
 
-def test_muon_and_adamw_step_each_its_part_as_they_do_alone() -> None:
-    matrix, vector = parts()
-    both = MuonWithAdamW(
-        {"params": [matrix], "weight_decay": 0.1}, [{"params": [vector], "weight_decay": 0.0}], lr=0.1, fused=False
+def both(matrices: list[torch.nn.Parameter], others: list[torch.nn.Parameter]) -> MuonWithAdamW:
+    return MuonWithAdamW(
+        {"params": matrices, "weight_decay": 0.1}, [{"params": others, "weight_decay": 0.0}], lr=0.1, fused=False
     )
+
+
+def test_muon_and_adamw_step_each_its_part_as_those_of_torch_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slm.optimizer.fast_dtype", lambda device: torch.bfloat16)  # as torch has it everywhere
+    matrix, vector = parts()
+    optimizer = both([matrix], [vector])
     alone, beside = parts()
     muon = torch.optim.Muon([alone], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW([beside], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(3):
         for p in (matrix, vector, alone, beside):
             p.grad = torch.full_like(p, 0.1).add_(p.detach(), alpha=step)
-        both.step()
+        optimizer.step()
         muon.step()
         adamw.step()
-    assert torch.equal(matrix, alone)
+    torch.testing.assert_close(matrix, alone, rtol=0, atol=0.01 * 0.1)  # a hundredth of a step
     assert torch.equal(vector, beside)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (3, 4, 6), (2, 3, 6, 4)])
+def test_a_matrix_is_orthogonalized_along_its_own_singular_vectors(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slm.hardware.has_native_bf16", lambda: False)
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    u, _, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+    along = u.mT @ orthogonalized(matrices).double() @ vh.mT
+    values = along.diagonal(dim1=-2, dim2=-1)
+    assert values.min() > 0.65
+    assert values.max() < 1.25
+    torch.testing.assert_close(along, torch.diag_embed(values), rtol=0, atol=1e-4)  # which bf16 would not reach
+
+
+@pytest.mark.parametrize(("is_native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_muon_computes_in_the_type_that_the_processor_multiplies_fast(
+    is_native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slm.hardware.has_native_bf16", lambda: is_native)
+    assert orthogonalized(torch.randn(3, 4, 6)).dtype == dtype
+
+
+def test_muon_steps_every_matrix_as_if_it_were_alone() -> None:
+    torch.manual_seed(0)
+    shapes = [(6, 4), (4, 6), (6, 4), (2, 6, 4)]
+    together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [torch.nn.Parameter(matrix.detach().clone()) for matrix in together]
+    optimizers = [both(together, []), *(both([matrix], []) for matrix in alone)]
+    for _ in range(2):
+        for matrix in [*together, *alone]:
+            matrix.grad = matrix.detach().cos()
+        for optimizer in optimizers:
+            optimizer.step()
+    [experts] = [matrix for matrix in together if matrix.ndim == 3]
+    for matrix, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(matrix, other, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(experts[0], experts[1])
 
 
 def test_muon_steps_the_matrices_inside_the_network_and_no_embedding() -> None:
