@@ -29,8 +29,15 @@ def keep_freed_memory() -> None:
 
 
 def check_can_compile(device: str) -> None:
-    """Raise InputError where torch.compile lacks what it compiles with: a C++ compiler, or on CUDA Triton."""
+    """Raise InputError where torch.compile lacks what it compiles with: a C++ compiler, or on CUDA Triton.
+
+    On a CPU it also makes the width of the vectors a part of what torch's cache of compiled code goes by. torch 2.13
+    leaves it out: code kept by a process with ATEN_CPU_CAPABILITY=avx2 is run again with longer vectors, which write
+    past the ends of arrays.
+    """
+    from torch._inductor import config
     from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.exc import InvalidCxxCompiler
     from torch.utils._triton import has_triton
 
@@ -44,6 +51,7 @@ def check_can_compile(device: str) -> None:
     except InvalidCxxCompiler as error:
         message = f"model.compile=True: no C++ compiler on this machine: install one (g++, clang++), {remedy}"
         raise InputError(message) from error
+    config.cpp.simdlen = pick_vec_isa().bit_width() or None
 
 
 def compile_mode(device: str, network: torch.nn.Module) -> str | None:

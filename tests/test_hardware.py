@@ -115,6 +115,24 @@ def test_a_compiled_network_trains_to_the_same_checkpoint(slm: Callable[..., str
         torch.testing.assert_close(weights, compiled[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_code_that_was_compiled_for_shorter_vectors_is_not_run_with_longer_ones(tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "from slm.hardware import check_can_compile\n"
+        "check_can_compile('cpu')\n"
+        "x = torch.arange(24.0)\n"
+        "add_one = torch.compile(lambda x: torch.cat([x + 1, x.exp(), x * 2]))\n"
+        "for _ in range(200):\n"
+        "    assert torch.equal(add_one(x)[:24], x + 1)\n"
+        "print('same')\n"
+    )
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for held in ({"ATEN_CPU_CAPABILITY": "avx2"}, {}):
+        result = run_command("-c", code, cwd=ROOT, **environment, **held)
+        assert result.stdout == "same\n", result.stderr
+
+
 def test_a_small_network_is_replayed_as_a_graph_on_cuda_alone() -> None:
     with torch.device("meta"):
         small, large = torch.nn.Embedding(LARGEST_GRAPH, 1), torch.nn.Embedding(LARGEST_GRAPH + 1, 1)
