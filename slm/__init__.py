@@ -4,6 +4,8 @@
 a file imports only from those above it:
 
     errors.py               the errors that speak to the user
+    paths.py                settings that are paths: what `~` in them means
+    streams.py              standard streams that no message can break
     notices.py              what is said: our own lines; the libraries' notices, silenced by name or made one line
     transformer.py          tokens (B, T) in, hidden states (B, T, D) out: GPT-2's decoder
     loss.py                 cross-entropy from hidden states, without the whole logits
@@ -23,6 +25,7 @@ a file imports only from those above it:
     token_data.py           a stream as a LightningDataModule: a part held out, windows, their order
     data.py                 the data that there is: DummyData, TextData
     checkpoint.py           how checkpoints are found, read and written
+    slurm.py                a job that is requeued, and goes on in the same run
     hyperparameters.py      their ranges, which of them a checkpoint is tied to, and how the others change at a resume
     module.py               the LightningModule: loss, metrics, optimizer, schedule
     trained.py              a checkpoint → the model that it holds

@@ -14,6 +14,8 @@ from slm.checkpoint import RUNS, WEIGHTS_NAME, newest_run, open_checkpoint, reso
 from slm.errors import InputError, check
 from slm.hyperparameters import SHAPES
 from slm.notices import say
+from slm.paths import expand_paths
+from slm.slurm import requeued_run
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 LINKED = ("vocab_size", "max_seq_len")
@@ -84,7 +86,10 @@ def read_request(argv: Sequence[str]) -> Request:
     flags, ckpt_paths = _take_option(given, "--ckpt_path")
     _refuse_ignored(flags)
     request = Request(subcommand, flags)
-    initial = _take_option(flags, "--init_from")[1]
+    left, initial = _take_option(flags, "--init_from")
+    if subcommand == "fit" and not ckpt_paths and (requeued := requeued_run(_runs(flags))) is not None:
+        say(f"the job was requeued: it goes on in {requeued}")
+        request.flags, ckpt_paths, initial = left, [str(requeued)], []  # its weights have moved on
     others = "--ckpt_path" if ckpt_paths else subcommand if subcommand != "fit" else ""
     if initial:
         remedy = f"leave it out, {others} " + ("goes on with one" if ckpt_paths else "needs --ckpt_path")
@@ -120,8 +125,7 @@ def read_settings(config: str) -> dict[str, Any]:
 
 def _find_checkpoint(request: Request, ckpt_path: str) -> None:
     fitting = request.subcommand == "fit"
-    roots = _take_option(request.flags, "--trainer.default_root_dir")[1]
-    runs = Path(roots[-1]) / RUNS if roots else RUNS
+    runs = _runs(request.flags)
     prefer = "last" if fitting else "best"
     path = resolve_checkpoint(ckpt_path, prefer, runs)
     if path.parent.parent == Path() or path.parent == Path():  # given from inside the run's folder
@@ -134,7 +138,7 @@ def _find_checkpoint(request: Request, ckpt_path: str) -> None:
         request.run = run
         request.stored = [] if config is None else [f"--config={config}"]
         return
-    path, content = open_checkpoint(ckpt_path, prefer, runs)
+    path, content = open_checkpoint(ckpt_path, prefer, runs, path)
     request.checkpoint, request.content = path, content
     if fitting and "optimizer_states" not in content:
         raise InputError(f"{path} holds weights alone, no run can go on from it: give the .ckpt of its run")
@@ -163,9 +167,9 @@ def _find_checkpoint(request: Request, ckpt_path: str) -> None:
 def _begin_with(request: Request, init_from: str) -> None:
     """Let a new run have the shapes and, unless other data is chosen, the kind of text of the file it begins with."""
     if init_from in ("last", "best"):  # a process beside this one may have begun the newest already
-        roots = _take_option(request.flags, "--trainer.default_root_dir")[1]
         kept = f"checkpoints/{init_from}.ckpt"
-        init_from = str(newest_run(Path(roots[-1]) / RUNS if roots else RUNS, kept) / kept)
+        init_from = str(newest_run(_runs(request.flags), kept) / kept)
+    init_from = expand_paths(init_from, "init_from")
     check(Path(init_from).exists(), f"init_from={init_from}: there is no such file; give a run, a .ckpt or a .pt")
     path, content = request.initial = open_checkpoint(init_from, prefer="best")
     shapes = {name: content["hyper_parameters"][name] for name in SHAPES}
@@ -183,6 +187,12 @@ def _begin_with(request: Request, init_from: str) -> None:
     request.flags = [*request.flags, f"--config={json.dumps({'model': shapes})}"]
 
 
+def _runs(flags: Sequence[str]) -> Path:
+    """Where run folders are looked for."""
+    roots = _take_option(flags, "--trainer.default_root_dir")[1]
+    return Path(roots[-1]) / RUNS if roots else RUNS
+
+
 def _take_option(flags: Sequence[str], *names: str) -> tuple[list[str], list[str]]:
     """The flags without the options of these names, and the values that those had."""
     left, values, rest = [], [], iter(flags)
@@ -193,7 +203,8 @@ def _take_option(flags: Sequence[str], *names: str) -> tuple[list[str], list[str
         else:
             values.append(value if equals else next(rest, ""))
             check(values[-1] != "", f"{name} needs a value")
-    return left, values
+    setting = "config" if names[0] == "-c" else names[0].rpartition(".")[2].removeprefix("--")
+    return left, expand_paths(values, setting)
 
 
 def _refuse_ignored(flags: list[str]) -> None:
@@ -203,7 +214,7 @@ def _refuse_ignored(flags: list[str]) -> None:
     """
     given = {flag.partition("=")[0].removeprefix("--").replace(".init_args", "") for flag in flags}
     for config in map(read_settings, _take_option(flags, "-c", "--config")[1]):
-        check("ckpt_path" not in config, "ckpt_path stands in a file of settings: give it as --ckpt_path instead")
+        check(config.get("ckpt_path") is None, "ckpt_path stands in a file of settings: give it as --ckpt_path instead")
     for data in _settings_given(flags, "data"):
         given |= {f"data.{name}" for name in {**data, **(data.get("init_args") or {})}}
     for name in LINKED:

@@ -19,17 +19,32 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from slm.durable import replace_file
 from slm.errors import InputError, check
 from slm.notices import say
+from slm.paths import expand_paths
 from slm.transformer import Transformer
 
 RUNS = Path("runs")
 WEIGHTS_NAME = "simple_language_model.pt"
 
 
-def newest_run(runs: Path = RUNS, holding: str = "") -> Path:
-    """The run folder with the highest `version_N`, of those that hold such a file; raises InputError for none."""
-    numbers = [number for number in _run_numbers(runs) if (runs / f"version_{number}" / holding).exists()]
-    check(bool(numbers), f"there is no run under {runs.absolute()}: start one with `python train.py`, or give a path")
-    return runs / f"version_{max(numbers)}"
+def run_folders(runs: Path = RUNS) -> list[Path]:
+    """The run folders `version_N` under `runs`, the newest first."""
+    return [runs / f"version_{number}" for number in sorted(_run_numbers(runs), reverse=True)]
+
+
+def newest_run(runs: Path = RUNS, *holding: str) -> Path:
+    """The newest run folder that holds one of these files; a newer one that holds none is named on stderr.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = run_folders(runs)
+    check(bool(found), f"there is no run under {runs.absolute()}: start one with `python train.py`, or give a path")
+    for run in found:
+        if not holding or any((run / name).is_file() for name in holding):
+            if run != found[0]:
+                say(f"{found[0]} has no {holding[0]}: {run} is the newest run that has one")
+            return run
+    raise InputError(f"no run under {runs.absolute()} has {holding[0]}: train one longer, or give a path")
 
 
 def claim_run(runs: Path = RUNS) -> Path:
@@ -63,21 +78,27 @@ def resolve_checkpoint(ckpt_path: str | Path, prefer: str = "last", runs: Path =
     """The file that `ckpt_path` means, whether or not it is there yet.
 
     Args:
-        ckpt_path: `last` or `best`, of the newest run; a run folder; or a `.ckpt` or `.pt` file.
+        ckpt_path: `last` or `best`, of the newest run that has one; a run folder; or a `.ckpt` or `.pt` file. Where
+            `prefer` is `last`, `last` is that of the newest run.
         prefer: which checkpoint of a run folder is meant, `last` or `best`; the other where that is not there.
         runs: where run folders are looked for.
 
     Raises:
         InputError: there is no such run, folder or file.
     """
-    if str(ckpt_path) == "best":
-        return newest_run(runs) / "checkpoints" / "best.ckpt"
-    path = newest_run(runs) if str(ckpt_path) == "last" else Path(ckpt_path)
+    names = {"last": ("checkpoints/last.ckpt", "checkpoints/best.ckpt"), "best": ("checkpoints/best.ckpt",)}
+    asked = str(ckpt_path)
+    if asked == "last" and prefer == "last":  # a run that was killed before it saved anything goes on too
+        path = newest_run(runs)
+    elif asked in names:
+        path = newest_run(runs, *names[asked])
+    else:
+        path = expand_paths(Path(ckpt_path), "ckpt_path")
     check(path.exists(), f"ckpt_path={ckpt_path}: there is no such file; give last, best, a run folder or a checkpoint")
     if not path.is_dir():
         return path
     kept = path / "checkpoints"
-    preferred = kept / ("last.ckpt" if str(ckpt_path) == "last" else f"{prefer}.ckpt")
+    preferred = kept / f"{asked if asked in names else prefer}.ckpt"
     return next((file for file in (preferred, kept / "last.ckpt", kept / "best.ckpt") if file.is_file()), preferred)
 
 
@@ -116,15 +137,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def open_checkpoint(ckpt_path: str | Path, prefer: str = "last", runs: Path = RUNS) -> tuple[Path, dict[str, Any]]:
+def open_checkpoint(
+    ckpt_path: str | Path, prefer: str = "last", runs: Path = RUNS, path: Path | None = None
+) -> tuple[Path, dict[str, Any]]:
     """The file that `ckpt_path` means (see `resolve_checkpoint`) and its content (see `read_checkpoint`).
 
     Where the last one of a run is meant and damaged, that is said, and the furthest sound one beside it is taken.
+    `path` is the file that is meant, where that is known already.
 
     Raises:
         InputError: there is no such file, or no sound one.
     """
-    path = resolve_checkpoint(ckpt_path, prefer, runs)
+    path = path or resolve_checkpoint(ckpt_path, prefer, runs)
     try:
         return path, read_checkpoint(path)
     except InputError as error:

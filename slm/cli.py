@@ -23,11 +23,13 @@ from slm.endings import command, ends_in_one_line
 from slm.errors import InputError, check
 from slm.hardware import accelerator_kind, keep_freed_memory, resolve_precision
 from slm.hyperparameters import check_applicable
-from slm.keeper import begin, hold, take_over
+from slm.keeper import begin, hold, stopped_by_signals, take_over
 from slm.module import LanguageModel
 from slm.notices import explain_parser_error, say, silence_notices
-from slm.policy import find_default_config, trainer_arguments
+from slm.paths import expand_paths
+from slm.policy import check_trainer, find_default_config, trainer_arguments
 from slm.report import closing_report, evaluated, show_in_tensorboard
+from slm.streams import print_only_messages
 from slm.token_data import TokenData
 from slm.watch import Watch
 
@@ -46,10 +48,23 @@ class CommandLine(LightningCLI):
     model: LanguageModel
     datamodule: TokenData
     lock: AbstractContextManager[Any] = nullcontext()
+    run: Path | None = None
+    is_new_run = False
     is_other_data_meant = False
 
     def __init__(self, argv: list[str]) -> None:
+        """Run a command line; one that fails before its first step leaves no run behind."""
         self.argv = argv
+        try:
+            with stopped_by_signals(self._progress):
+                self._run_command_line()
+        except BaseException:
+            step, checkpoint = self._progress()
+            if step == 0 and checkpoint is None:
+                self._drop_new_run()
+            raise
+
+    def _run_command_line(self) -> None:
         shared = {"exit_on_error": False, "allow_abbrev": False}
         default = str(find_default_config())
         read_settings(default)
@@ -102,11 +117,11 @@ class CommandLine(LightningCLI):
             known = dict.fromkeys([*reference.get_defaults().keys(), *self.subcommands()], "")
             for data in (DummyData, TextData, TokenData):
                 known |= {f"data.{name}": data.__name__ for name in inspect.signature(data).parameters}
-            raise InputError(explain_parser_error(str(error), known)) from error
-        init_args = config[config.subcommand].data.init_args
+            raise InputError(explain_parser_error(str(error), known, argv)) from error
+        init_args = expand_paths(config)[config.subcommand].data.init_args
         for name in ("path", "val_path", "tokenizer"):  # absolute, since the run may go on from another folder
             if init_args.get(name) and (name != "tokenizer" or init_args[name] not in NAMED_TOKENIZERS):
-                init_args[name] = str(Path(init_args[name]).expanduser().absolute())
+                init_args[name] = str(Path(init_args[name]).absolute())
         return config
 
     def before_instantiate_classes(self) -> None:
@@ -131,7 +146,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the project's precision, callbacks and run folder, which is made once all else is sound."""
         asked = self._get(self.config_init, "trainer")
-        check(asked.accumulate_grad_batches >= 1, "trainer.accumulate_grad_batches must be at least 1")
+        check_trainer(asked)
         accelerator = accelerator_kind(str(asked.accelerator))
         if accelerator == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where a product is left in 32 bits
@@ -169,8 +184,7 @@ class CommandLine(LightningCLI):
         arguments = trainer_arguments(asked, str(self.subcommand), precision, self.run, config, first_step, watch)
         try:
             return super().instantiate_trainer(**arguments)
-        except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
-            self._drop_new_run()
+        except (ValueError, TypeError, RuntimeError, ModuleNotFoundError, MisconfigurationException) as error:
             raise InputError(f"the Trainer refuses its settings: {error}") from error
 
     def _config_text(self) -> str:
@@ -180,19 +194,21 @@ class CommandLine(LightningCLI):
             config.pop(name, None)
         return str(self._parser(self.subcommand).dump(config, skip_none=False))
 
+    def _progress(self) -> tuple[int, Path | None]:
+        """How many steps are done, and the newest checkpoint of the run."""
+        trainer = getattr(self, "trainer", None)
+        last = None if self.run is None else self.run / "checkpoints" / "last.ckpt"
+        return trainer.global_step if trainer else 0, last if last and last.is_file() else None
+
     def _drop_new_run(self) -> None:
         if self.is_new_run and self.run is not None and _is_rank_zero():
             shutil.rmtree(self.run)
 
     def fit(self, **kwargs: Any) -> None:
-        """Train; a new run that ends before its first step leaves no folder behind."""
+        """Train; what is printed from here on is no result."""
+        print_only_messages()
         with self.lock:
-            try:
-                self.trainer.fit(**kwargs)
-            except BaseException:
-                if self.trainer.global_step == 0:
-                    self._drop_new_run()
-                raise
+            self.trainer.fit(**kwargs)
 
     def before_validate(self) -> None:
         """Load bare weights, which the Trainer cannot."""
@@ -207,6 +223,9 @@ class CommandLine(LightningCLI):
         trainer, loggers = self.trainer, self.trainer.loggers
         self.run = trainer.strategy.broadcast(self.run)
         done_before = (self.request.content or {}).get("global_step")
+        if self.is_new_run and trainer.global_step == 0:
+            self._drop_new_run()
+            raise InputError("no step was trained: ask for one with --trainer.max_epochs, max_steps or max_time")
         if trainer.global_step == done_before:
             if self.is_new_run:
                 self._drop_new_run()

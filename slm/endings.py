@@ -10,11 +10,14 @@ from contextlib import contextmanager
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from slm.errors import InputError
 from slm.keeper import Stopped
 from slm.notices import say
+from slm.slurm import requeue, requeue_signals
+from slm.streams import failure_to_print, standard_streams
 
 
 @contextmanager
@@ -22,20 +25,41 @@ def ends_in_one_line() -> Iterator[None]:
     """Turn what ends a command into one line on stderr and an exit status.
 
     A user's mistake is status 2, and SLM_TRACEBACK=1 shows where it came from; SIGTERM is 143 and Ctrl-C 130, as a
-    shell or a scheduler expects. Any other exception is a bug and passes.
+    shell or a scheduler expects. Any other exception is a bug and passes. A message that cannot be printed changes
+    nothing; a result that cannot ends the command with status 1, as it does `cat`.
     """
+    with standard_streams():
+        stop: SystemExit | None = None
+        try:
+            with _status_of_every_ending():
+                yield
+        except SystemExit as error:  # --help ends so, too
+            stop = error
+        except Exception:
+            if failure_to_print() is None:
+                raise
+        if not (stop and stop.code) and (failure := failure_to_print()):
+            if isinstance(failure, BrokenPipeError):  # the reader of the output has gone, as `head` does
+                sys.exit(128 + 13)  # SIGPIPE, which Windows does not name
+            say(f"error: the output cannot be written: {failure.strerror}")
+            sys.exit(1)
+        if stop is not None:
+            raise stop
+
+
+@contextmanager
+def _status_of_every_ending() -> Iterator[None]:
     try:
         yield
         _leave_process_group()
     except Stopped as stop:
         _leave_process_group()
         say(f"{stop}; go on with {command()} --ckpt_path {shlex.quote(str(stop.path))}" if stop.path else str(stop))
+        if stop.signum in requeue_signals() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            requeue()
         sys.exit(128 + stop.signum)
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)
-    except BrokenPipeError:  # the reader of the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)  # SIGPIPE, which Windows does not name
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
             sys.exit(128 + signal.SIGINT)  # Lightning makes it SystemExit(1)

@@ -145,8 +145,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         ckpt_path, accelerator = given.pop("ckpt_path"), given.pop("accelerator")
         settings = Settings(**given)
         writer = Writer(ckpt_path, accelerator)
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks
         for number, prompt in enumerate(prompts, start=1):
             _show(writer, prompt, settings, f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "")
         if not prompts:

@@ -1,10 +1,11 @@
 """What a run keeps of itself, and when: the best checkpoint, the last one, and what makes a copy of one whole."""
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,9 +23,10 @@ from slm.durable import replace_file, sweep
 from slm.errors import InputError, NotWrittenError, check
 from slm.notices import say
 from slm.resume import ExactResume, is_fitting
+from slm.slurm import note_job, requeue_signals
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-"""Ctrl-C, a scheduler, and a terminal that was closed."""
+"""Ctrl-C, a scheduler, and a terminal that was closed; a job of SLURM hears `requeue_signals` too."""
 CURVES = "events.out.tfevents.*"
 SECONDS_BETWEEN_SAVES = 60.0
 LARGEST_SHARE_OF_TIME = 0.01
@@ -44,6 +46,29 @@ class Stopped(Exception):  # noqa: N818 - no error, as KeyboardInterrupt is none
         super().__init__(f"stopped by {signal.Signals(signum).name} {where}")
         self.signum = signum
         self.path = path
+
+
+@contextlib.contextmanager
+def stopped_by_signals(progress: Callable[[], tuple[int, Path | None]]) -> Iterator[None]:
+    """Raise `Stopped` where a signal of a scheduler comes before or after training, which has its own way to stop.
+
+    Args:
+        progress: says how many steps are done, and the checkpoint to go on from.
+    """
+
+    def stop(signum: int, frame: Any) -> None:
+        raise Stopped(signum, *progress())
+
+    heard = [signum for signum in (*SIGNALS, *requeue_signals()) if signal.getsignal(signum) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        heard = []
+    for signum in heard:
+        signal.signal(signum, stop)
+    try:
+        yield
+    finally:
+        for signum in heard:
+            signal.signal(signum, signal.SIG_DFL)
 
 
 class SelfContained(Callback):
@@ -112,10 +137,11 @@ def hold(run: Path) -> IO[str]:
 
 
 def begin(run: Path, config: str, tokenizer: str | None) -> None:
-    """Put into the folder of a new run its settings and, where it is a `tokenizer.json`, its tokenizer."""
+    """Put into the folder of a run that begins its settings and its tokenizer, where that is a `tokenizer.json`."""
     replace_file(run / "config.yaml", config.encode())
     if tokenizer not in (None, "bytes"):
         replace_file(run / "tokenizer.json", tokenizer.encode())
+    note_job(run)
 
 
 def take_over(run: Path, content: Mapping[str, Any]) -> None:
@@ -209,7 +235,7 @@ class LastCheckpoint(Callback):
     def _listen(self) -> None:
         """Take the signals over from Lightning, which takes them after `on_fit_start` and gives them back."""
         if threading.current_thread() is threading.main_thread():
-            for signum in SIGNALS:
+            for signum in (*SIGNALS, *requeue_signals()):
                 if signal.getsignal(signum) != signal.SIG_IGN:  # as after nohup
                     signal.signal(signum, self._note)
 
@@ -218,7 +244,8 @@ class LastCheckpoint(Callback):
             raise KeyboardInterrupt
         self.signum = signum
         if signum == signal.SIGINT:
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
+            with contextlib.suppress(OSError):  # the terminal may have gone
+                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         if trainer.strategy.reduce_boolean_decision(self.signum is not None, all=False):

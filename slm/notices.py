@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from slm.errors import InputError
+from slm.paths import expand_paths
 
 LOG_LINES = {
     "tensorboard": ["Detected out of order event.step"],  # a killed run's points, which were drawn again
@@ -90,20 +91,25 @@ def new_parser(module: str) -> ArgumentParser:
 
 def parse_flags(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
     """The settings that a command line gives, by default this process's; raises InputError for what is wrong in it."""
+    flags = list(sys.argv[1:] if argv is None else argv)
     try:
-        return parser.parse_args(list(sys.argv[1:] if argv is None else argv))
+        settings: Namespace = expand_paths(parser.parse_args(flags))
     except ArgumentError as error:
         known = dict.fromkeys(parser.get_defaults().keys(), "")
-        raise InputError(explain_parser_error(str(error), known)) from error
+        raise InputError(explain_parser_error(str(error), known, flags)) from error
+    return settings
 
 
-def explain_parser_error(message: str, known: Mapping[str, str]) -> str:
+def explain_parser_error(message: str, known: Mapping[str, str], argv: Sequence[str]) -> str:
     """A parser's message of many lines as one line: the setting, its value and what was expected.
 
     Args:
         message: what jsonargparse says.
         known: names of all settings, to find the nearest to an unknown one, each with the class that alone has it.
+        argv: the command line.
     """
+    if without_value := re.search(r"argument --([\w.]+): expected one argument", message):
+        return _explain_missing_value(without_value[1], argv)
     keys = re.findall(r'Parser key "([^"]+)"', message)
     unknown = re.search(r"[Oo]ption '([^']+)'|[Uu]nrecognized arguments: (?:--)?([^\s=]+)", message)
     if unknown:
@@ -123,3 +129,12 @@ def explain_parser_error(message: str, known: Mapping[str, str]) -> str:
     kinds = re.findall(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.+?)\])", detail[: value.start()])
     expected = " or ".join("null" if kind == "NoneType" else kind or f"one of {choices}" for kind, choices in kinds)
     return f"{'.'.join(keys)}={value[1]}: expected {expected}"
+
+
+def _explain_missing_value(name: str, argv: Sequence[str]) -> str:
+    """For a flag whose value is missing, or looks like a flag; `name` may be but the group that it belongs to."""
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if (flag == f"--{name}" or flag.startswith(f"--{name}.")) and (value.startswith("-") or not value):
+            hint = f": one that begins with a dash is given as {flag}={value}" if value else ""
+            return f"{flag.removeprefix('--')} needs a value{hint}"
+    return f"{name} needs a value"

@@ -3,6 +3,7 @@
 `python -m slm.peers NAME SETTINGS` is one such loop in a process of its own, which has imported nothing else.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -40,7 +41,9 @@ class Turns:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         milliseconds = (time.perf_counter() - self._start) / STEPS * 1e3
-        print(json.dumps({"ms": milliseconds, "memory": _peak_memory(device), **facts}), file=self._answers, flush=True)
+        answer = {"ms": milliseconds, "memory": _peak_memory(device), **facts}
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(answer), file=self._answers, flush=True)
         if not sys.stdin.readline():
             os._exit(0)
         self._step, self._start = 0, time.perf_counter()

@@ -1,6 +1,8 @@
 """The Trainer's settings as they are asked for -> the arguments that it is built with."""
 
+import math
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,43 @@ def find_default_config() -> Path:
     config = inside if inside.is_file() else beside
     check(config.is_file(), f"{beside} is missing: restore it, the Trainer's policy stands there")
     return config
+
+
+AT_LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "limit_predict_batches": 0,
+    "limit_test_batches": 0,
+    "limit_train_batches": 0,
+    "limit_val_batches": 0,
+    "log_every_n_steps": 0,
+    "max_epochs": -1,
+    "max_steps": -1,
+    "min_epochs": 0,
+    "min_steps": 0,
+    "num_nodes": 1,
+    "num_sanity_val_steps": -1,
+    "overfit_batches": 0,
+    "reload_dataloaders_every_n_epochs": 0,
+}
+"""The least value of the Trainer's numbers; -1 stands for no limit, or for all."""
+
+
+def check_trainer(asked: Mapping[str, Any]) -> None:
+    """Raise InputError for a number that Lightning would not refuse, or only in the middle of a run."""
+    for name, least in AT_LEAST.items():
+        value = asked[name]
+        is_fine = value is None or least <= value < math.inf  # NaN is not
+        check(is_fine, f"trainer.{name}={value} must be a finite number of at least {least}")
+    interval = asked["val_check_interval"]
+    is_fine = not isinstance(interval, int | float) or 0 < interval <= 1 or (isinstance(interval, int) and interval > 1)
+    rule = "must be a whole number of batches, at least 1, or a share of an epoch above 0 and at most 1"
+    check(is_fine, f"trainer.val_check_interval={interval} {rule}")
+    for name in ("max_time", "val_check_interval"):
+        length = timedelta(**asked[name]) if isinstance(asked[name], dict) else asked[name]
+        is_fine = not isinstance(length, timedelta) or length > timedelta(0)
+        check(is_fine, f"trainer.{name}={asked[name]} must be longer than no time")
 
 
 def trainer_arguments(

@@ -58,8 +58,17 @@ class Facts:
 
 
 def cache_folder() -> Path:
-    """Where prepared texts are kept; any of them may be deleted when no run is using it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slm"
+    """Where prepared texts are kept; any of them may be deleted when no run is using it.
+
+    Raises:
+        InputError: there is no home folder, as in a container for a user without a name.
+    """
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(chosen) if chosen else Path.home() / ".cache") / "slm"
+    except RuntimeError as error:
+        message = "there is no home folder for prepared texts: set XDG_CACHE_HOME to a folder that can be written to"
+        raise InputError(message) from error
 
 
 def new_digest(content: bytes = b"") -> blake2b:
