@@ -15,6 +15,7 @@ a file imports only from those above it:
     source.py               random tokens whose entropy is known exactly
     durable.py              files that are there whole or not at all
     files.py                which files make up a text, and in which order
+    binary.py               what is no text, known by its bytes
     documents.py            a file → its documents, in each kind of file that can hold some
     tokenizer.py            text ↔ token ids: bytes, and byte-level BPE
     streaming.py            token ids, one after another → their text, as soon as it can be shown

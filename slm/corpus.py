@@ -24,6 +24,8 @@ from slm.tokenizer import PIECE_SIZE, SubwordTokenizer, Tokenizer, cut, read_tok
 Found = TypeVar("Found")
 BATCH_SIZE = 2**22
 """Characters, or tokens, that are in memory at once."""
+READING = 2
+"""Counts the ways in which this project has read texts; what was prepared in another way is not found."""
 TRAINING_SIZE = 16 * 10**6
 """Characters of text, spread evenly over it, that the merges of BPE are learned from: all of a smaller text.
 
@@ -42,7 +44,7 @@ def token_stream(text: Text, tokenizer: Tokenizer) -> tuple[Tensor, Facts]:
         NotWrittenError: the prepared file cannot be written.
     """
     entries = text.entries()
-    prepared = place_of(".tokens", entries, text.text_field, text.errors, tokenizer.dump())
+    prepared = place_of(".tokens", READING, entries, text.text_field, text.errors, tokenizer.dump())
     facts = _once(lambda: known_facts(prepared, entries), lambda: _prepare(text, entries, tokenizer, prepared))
     return map_tokens(prepared, facts), facts
 
@@ -71,7 +73,7 @@ def own_bpe(text: Text, vocab_size: int, share: float = 1.0) -> SubwordTokenizer
         NotWrittenError: the tokenizer cannot be kept.
     """
     entries = text.entries()
-    kept = place_of(".json", entries, text.text_field, text.errors, vocab_size, share, TRAINING_SIZE)
+    kept = place_of(".json", READING, entries, text.text_field, text.errors, vocab_size, share, TRAINING_SIZE)
     return _once(lambda: _kept_bpe(kept, entries), lambda: _learn_bpe(text, entries, vocab_size, share, kept))
 
 

@@ -167,7 +167,7 @@ def load_tokenizer(dumped: str) -> Tokenizer:
 def read_tokenizer(path: Path) -> SubwordTokenizer:
     """A `tokenizer.json`; raises InputError where it cannot be read, or see `SubwordTokenizer`."""
     try:
-        return SubwordTokenizer(path.read_text(encoding="utf-8"), str(path))
+        return SubwordTokenizer(path.read_text(encoding="utf-8-sig"), str(path))
     except OSError as error:
         raise InputError(
             f"data.tokenizer={path} cannot be read: {error.strerror}; give bytes, bpe or a file"

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm import documents
+from slm.binary import binary_kind
 from slm.documents import read_documents
 from slm.errors import InputError
 from slm.files import look_at
@@ -51,18 +53,88 @@ def write_table(path: Path, **columns: list[Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "README"])
+@pytest.mark.parametrize("text", [*TEXTS[:-1], "in its middle \ufeff, a \ufffd", "{}", "[", " "])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "README", "a.json"])
 def test_a_text_file_is_one_document_exactly_as_it_is(name: str, text: str, tmp_path: Path) -> None:
     assert read(write(tmp_path / name, text.encode())) == [text]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "A.JSONL"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "A.JSONL", "a.ndjson", "a.ndjson.gz"])
 @pytest.mark.parametrize("is_ascii", [True, False])
 def test_each_line_of_jsonl_is_a_document(is_ascii: bool, name: str, tmp_path: Path) -> None:
     lines = [json.dumps({"id": 1, "text": text}, ensure_ascii=is_ascii) for text in TEXTS]
     path = write(tmp_path / name, ("\n\n".join(lines) + "\r\n").encode())
     assert read(path) == TEXTS
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"a"),
+        ("a.jsonl", b'{"text": "a"}'),
+        ("a.ndjson", b'{"text": "a"}'),
+        ("a.json", b'{"text": "a"}'),
+        ("a.json", b'[{"text": "a"}]'),
+    ],
+)
+def test_the_mark_before_utf8_is_no_content(name: str, content: bytes, suffix: str, tmp_path: Path) -> None:
+    assert read(write(tmp_path / f"{name}{suffix}", MARK + content)) == ["a"]
+
+
+def test_a_second_mark_and_one_within_a_field_are_content(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.txt", MARK + MARK + b"a")) == ["\ufeffa"]
+    assert read(write(tmp_path / "a.jsonl", b'{"text": "' + MARK + b'a"}')) == ["\ufeffa"]
+
+
+def test_a_fault_after_the_mark_is_named_by_its_place_in_the_file(tmp_path: Path) -> None:
+    for name, content in (("a.txt", b"ok \xff"), ("a.jsonl", b'{"\xff')):
+        offset = len(MARK + content) - 1
+        with pytest.raises(InputError, match=rf"byte 0xff at offset {offset}"):
+            read(write(tmp_path / name, MARK + content))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.JSON"])
+@pytest.mark.parametrize("block_size", [1, 7, 100, 2**20])
+@pytest.mark.parametrize("style", [{}, {"indent": 2}, {"ensure_ascii": False}, {"separators": (",", ":")}])
+def test_the_objects_of_an_array_are_documents(
+    style: dict[str, Any], block_size: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "BLOCK_SIZE", block_size)
+    rows = [{"id": number, "inner": {"text": ["no", {}]}, "text": text} for number, text in enumerate(TEXTS)]
+    assert read(write(tmp_path / name, f"\n {json.dumps(rows, **style)}\r\n".encode())) == TEXTS
+
+
+def test_an_array_is_read_without_holding_it(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    with path.open("w") as file:
+        file.write("[")
+        for number in range(20_000):
+            file.write(("," if number else "") + json.dumps({"text": f"{number:06} " * 200}))
+        file.write("]")
+    size = path.stat().st_size
+    tracemalloc.start()
+    assert sum(1 for _ in read_documents(look_at(path), "text", "strict")) == 20_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < size / 2
+
+
+@pytest.mark.parametrize("name", ["c4.json.gz", "c4.json"])
+def test_a_json_with_a_document_in_each_line_is_lines(name: str, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text, "url": "x"}) for text in TEXTS]
+    assert read(write(tmp_path / name, "\n".join(lines).encode())) == TEXTS
+    assert read(write(tmp_path / name, (" \n" * 300 + "\n".join(lines)).encode())) == TEXTS
+
+
+@pytest.mark.parametrize(
+    "text", ['{"name": "a",\n "text": "b"}', '{"text": ["a"]}', "[1, 2]", "[]", '["a"]', "no JSON", '{"body": "a"}\n']
+)
+def test_any_other_json_is_text(text: str, tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.json", text.encode())) == [text]
 
 
 def test_the_field_of_jsonl_is_chosen(tmp_path: Path) -> None:
@@ -93,6 +165,7 @@ def test_each_row_of_a_saved_data_set_is_a_document(tmp_path: Path) -> None:
 def test_a_character_may_lie_across_blocks(block_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "BLOCK_SIZE", block_size)
     text = "".join(TEXTS)
+    assert read(write(tmp_path / "marked.txt", b"\xef\xbb\xbf" + text.encode())) == [text]
     assert read(write(tmp_path / "a.txt", text.encode())) == [text]
     for bad, offset in [(b"ok \xe8\xaa?", 3), (b"ok \xff", 3), ("語🙂".encode()[:-1], 3), ("🙂".encode() + b"\x80", 4)]:
         path = write(tmp_path / "bad.txt", bad)
@@ -102,14 +175,14 @@ def test_a_character_may_lie_across_blocks(block_size: int, tmp_path: Path, monk
             read(path)
 
 
-@given(st.binary(max_size=30), st.integers(1, 7))
+@given(st.binary(max_size=30).filter(lambda content: binary_kind(content, True) is None), st.integers(1, 7))
 def test_replacing_gives_what_python_gives_and_counts_it(
     tmp_path_factory: Any, content: bytes, block_size: int
 ) -> None:
     path = write(tmp_path_factory.mktemp("text") / "a.txt", content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "BLOCK_SIZE", block_size)
-        text = content.decode(errors="replace")
+        text = content.decode("utf-8-sig", errors="replace")
         assert read(path, errors="replace") == [text]
         genuine = content.decode(errors="ignore").count("\ufffd")
         assert num_replaced(path) == text.count("\ufffd") - genuine
@@ -121,6 +194,9 @@ def test_replacing_counts_in_lines_and_rows_too(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", lines)
     assert read(path, errors="replace") == ["a\ufffd\ufffdb \ufffd", "\ufffd c"]
     assert num_replaced(path) == 3
+    array = write(tmp_path / "a.json", b"[" + lines.strip().replace(b"\n", b",\n") + b"]")
+    assert read(array, errors="replace") == ["a\ufffd\ufffdb \ufffd", "\ufffd c"]
+    assert num_replaced(array) == 3
     table = write_table(tmp_path / "a.parquet", text=arrow.array([b"x\xff"]).cast(arrow.string(), safe=False))
     assert (read(table, errors="replace"), num_replaced(table)) == (["x\ufffd"], 1)
 
@@ -134,7 +210,7 @@ def test_replacing_counts_in_lines_and_rows_too(tmp_path: Path) -> None:
             r"a.txt is not UTF-8 text: byte 0xe9 at offset 3; .*--data.errors replace",
         ),
         ("a.txt.gz", b"ab\xff", r"a.txt.gz is not UTF-8 text: byte 0xff at offset 2 of what it unpacks to"),
-        ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", r"a.png is a binary file: byte 0x89 at offset 0"),
+        ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", r"a.png is a PNG image: convert or unpack it"),
         ("a.txt", "words".encode("utf-16"), r"a.txt is UTF-16 text"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": 1\n', r"a.jsonl line 3 is not JSON: "),
         (
@@ -147,6 +223,20 @@ def test_replacing_counts_in_lines_and_rows_too(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"a.jsonl line 2 is not UTF-8 text: byte 0xff at offset 24;"),
         ("a.jsonl", b'{"text": "\\udc00"}', r"a.jsonl line 1 holds half a surrogate pair at character 0"),
         ("a.jsonl", b"[" * 200_000, r"a.jsonl line 1 is not JSON: "),
+        ("a.json", b'[{"text": "a"}, {"body": "b"}]', r"a.json element 2 has no field text, it has body: name one"),
+        ("a.json", b'[{"body": "b"}]', r"a.json element 1 has no field text, it has body: .* or leave the file out"),
+        ("a.json", b'[{"text": "a"}, "b"]', r"a.json element 2 is not an object with text in a field text"),
+        ("a.json", b'[{"text": "a"}, {"text": 1}]', r"a.json element 2: its field text is not text but 1"),
+        ("a.json", b'[{"text": "a"}, {"text": "b]', r"a.json element 2 is not JSON: Unterminated string"),
+        ("a.json", b'[{"text": "a"}, {"text" "b"}]' + b" " * 99, r"a.json element 2 is not JSON: Expecting ':'"),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', r"a.json element 2: there is no comma or end of the array"),
+        ("a.json", b'[{"text": "a"}', r"a.json element 2: there is no comma or end of the array before it"),
+        ("a.json", b'[{"text": "a"},]', r"a.json element 2 is not JSON: Expecting value"),
+        ("a.json", b'[{"text": "a"}] {}', r"a.json goes on after its array of 1 elements"),
+        ("a.json", b'[{"text": "a\xff"}]', r"a.json is not UTF-8 text: byte 0xff at offset 12;"),
+        ("a.json", b'[{"text": "\\udc00"}]', r"a.json element 1 holds half a surrogate pair at character 0"),
+        ("a.json", b'[{"text": ' + b"[" * 200_000, r"a.json element 1 is not JSON: "),
+        ("a.json", b'{"text": "a"}\n{"text": 1}', r"a.json line 2: its field text is not text but 1"),
         ("shard.BIN", b"\0\1", r"shard.BIN holds tokens by its name, not text: give it alone"),
         ("a.parquet", b"PAR1 and no more", r"a.parquet is not a whole parquet file: "),
     ],
