@@ -14,6 +14,7 @@ a file imports only from those above it:
     optimizer.py            which optimizer steps which parameters, and the learning rate of every step
     source.py               random tokens whose entropy is known exactly
     durable.py              files that are there whole or not at all
+    splits.py               what the names in a folder tell: which are data, and of which split
     files.py                which files make up a text, and in which order
     binary.py               what is no text, known by its bytes
     documents.py            a file → its documents, in each kind of file that can hold some

@@ -10,11 +10,11 @@ from torch import Tensor
 from slm.corpus import own_bpe, saved_tokens, token_stream
 from slm.documents import Errors
 from slm.errors import check
-from slm.files import ANY, find_splits
+from slm.files import ANY
 from slm.notices import say
 from slm.prepared import Facts
 from slm.source import MarkovSource, UniformSource
-from slm.text import INSIDE_PYTHON, Text
+from slm.text import Text
 from slm.token_data import TokenData, refuse_other_tokenizer
 from slm.tokenizer import NUM_BYTES, ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer, read_tokenizer
 
@@ -52,16 +52,18 @@ class DummyData(TokenData):
 class TextData(TokenData):
     """Text from files, as bytes or as the tokens of a tokenizer; or tokens that another program has saved.
 
-    A file is UTF-8 text, `.jsonl`, `.parquet`, or `.bin` with the uint16 tokens of nanoGPT's scripts; the first two may
-    be packed, with `.gz` after the name. A folder is searched for such files, or is a saved Hugging Face data set, or
-    holds nanoGPT's `train.bin` and `val.bin`.
+    A file is UTF-8 text, `.jsonl` or `.ndjson`, `.json` with objects in an array or in its lines (any other is text),
+    `.parquet`, or `.bin` with the uint16 tokens of nanoGPT's scripts; all but the last two may be packed, with `.gz`
+    after the name. A folder is searched for such files, or is a saved Hugging Face data set, or holds nanoGPT's
+    `train.bin` and `val.bin`. Where the names of its files tell splits (`slm.splits`), or it is a saved `DatasetDict`,
+    only the one for training is trained on, and the one for validation, or else for tests, is held out.
 
     Args:
         path: a file or a folder; None is the English documentation inside every Python.
         glob: which files of a folder: `*` and `?` stand for characters of a name, `**/` for any folders.
-        text_field: the field of `.jsonl`, or column of a table, that holds the text.
+        text_field: the field of an object of JSON, or column of a table, that holds the text.
         errors: `strict` refuses what is not UTF-8, `replace` puts U+FFFD in its place and counts.
-        val_path: text to hold out, instead of the last `val_fraction` of `path`.
+        val_path: text to hold out, instead of the folder's own split or the last `val_fraction` of `path`.
         tokenizer: `bytes`; `bpe`, byte-level BPE whose merges are learned from the training text until there are
             `vocab_size` ids; or the path of a `tokenizer.json`.
     """
@@ -84,12 +86,10 @@ class TextData(TokenData):
         super().__init__(*args, **kwargs)
         for name, value in (("path", path), ("val_path", val_path), ("tokenizer", tokenizer), ("glob", glob)):
             check(value != "", f"data.{name} is empty: give one, or leave it out")
-        self._train: Path | None = None
-        self._held_out: Path | None = None
-        if path is not None:
-            self._train, self._held_out = find_splits(Path(path))
+        whole = Text(None if path is None else Path(path), glob, text_field, errors)
+        self._train, self._held_out = whole.splits()
         if val_path is not None:
-            self._held_out = Path(val_path)
+            self._held_out = Text(Path(val_path), glob, text_field, errors, "data.val_path")
         self._is_text = not _is_tokens(self._train)
         self._continued: Tokenizer | None = None
         vocab_size = self.hparams["vocab_size"]
@@ -149,8 +149,10 @@ class TextData(TokenData):
         of_text = f"{facts.num_documents:,} {documents}, {facts.num_bytes:,} bytes, " if facts.num_documents else ""
         each = f" ({facts.num_bytes / facts.num_tokens:.2f} bytes each)" if facts.num_bytes else ""
         windows = f"{len(self.train_windows):,} windows to train on in an epoch, {len(self.val_windows):,} held out"
-        windows += "" if self._held_out is None else f" of {self._held_out}"
-        yield f"{self._train or INSIDE_PYTHON}: {of_text}{facts.num_tokens:,} tokens{each}, {windows}"
+        windows += "" if self._held_out is None else f" of {self._held_out.place}"
+        yield f"{self._train.place}: {of_text}{facts.num_tokens:,} tokens{each}, {windows}"
+        if self._held_out is None and (names := self._train.mere_names()):
+            yield f"{' and '.join(names)} are files among others, not splits: --data.val_path names a text to hold out"
         if num_replaced := sum(part.num_replaced for part in self._all_facts()):
             yield f"{num_replaced:,} places in it are not UTF-8: U+FFFD stands for each"
         if not all(part.is_exact for part in self._all_facts()):
@@ -166,7 +168,7 @@ class TextData(TokenData):
         asked = self.hparams["tokenizer"]
         if asked == "bpe":
             share = 1.0 if self._held_out is not None else 1.0 - self.hparams["val_fraction"]
-            return own_bpe(self._text(self._train), self.hparams["vocab_size"], share)
+            return own_bpe(self._train, self.hparams["vocab_size"], share)
         if asked == "bytes":
             return ByteTokenizer() if self._is_text else None
         return read_tokenizer(Path(asked))
@@ -174,28 +176,21 @@ class TextData(TokenData):
     def _all_facts(self) -> list[Facts]:
         return [self.facts] if self._held_out is None else [self.facts, self.held_out_facts]
 
-    def _text(self, path: Path | None) -> Text:
-        chosen = {name: self.hparams[name] for name in ("glob", "text_field", "errors")}
-        return Text(path, **chosen, setting=self._setting(path))
-
-    def _setting(self, path: Path | None) -> str:
-        return "data.val_path" if path is not None and path == self._held_out else "data.path"
-
-    def _read(self, path: Path | None) -> tuple[Tensor, Facts]:
+    def _read(self, text: Text) -> tuple[Tensor, Facts]:
         if self._is_text:
             assert self._tokenizer is not None
-            return token_stream(self._text(path), self._tokenizer)
-        assert path is not None
-        tokens, facts = saved_tokens(path, self._setting(path))
+            return token_stream(text, self._tokenizer)
+        assert text.path is not None
+        tokens, facts = saved_tokens(text.path, text.setting)
         vocab_size, largest = self.hparams["vocab_size"], facts.largest
         assert largest is not None
         check(
             largest < vocab_size,
-            f"{path}: token {facts.largest_at} is {largest}, outside the vocabulary of vocab_size={vocab_size}: "
+            f"{text.path}: token {facts.largest_at} is {largest}, outside the vocabulary of vocab_size={vocab_size}: "
             f"use --model.vocab_size {largest + 1} or more",
         )
         return tokens, facts
 
 
-def _is_tokens(path: Path | None) -> bool:
-    return path is not None and path.suffix.lower() == ".bin"
+def _is_tokens(text: Text) -> bool:
+    return text.path is not None and text.path.suffix.lower() == ".bin"

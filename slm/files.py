@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slm.errors import InputError, check
+from slm.splits import data_names, named_splits
 
 ANY = "**/*"
 
@@ -48,19 +49,48 @@ def find_splits(path: Path) -> tuple[Path, Path | None]:
         return train, next((place for place in held_out if place.exists()), None)
 
 
-def find_files(path: Path, glob: str = ANY, setting: str = "data.path") -> list[Entry]:
+def find_files(path: Path, glob: str = ANY, setting: str = "data.path", split: str | None = None) -> list[Entry]:
     """The file at `path`, or those in the folder there, in the order of their names (by code points, with `/`).
 
-    Links are followed, but no folder is entered twice; what begins with a dot is hidden, and passed over.
+    Links are followed, but no folder is entered twice; what begins with a dot is hidden, and passed over. README,
+    licence and the like are no text where they lie beside the shards of a data set.
 
     Args:
         path: a file, a folder, or a saved Hugging Face data set.
         glob: which files of a folder: `*` and `?` stand for characters of a name, `**/` for any folders.
         setting: what gave the path, for messages.
+        split: which of the folder's splits (`slm.splits`); None for all that it holds.
 
     Raises:
-        InputError: there is no such file or folder, none of its files matches, or it cannot be looked into.
+        InputError: there is no such file or folder, none of its files matches, it cannot be looked into, or a name is
+            not UTF-8.
     """
+    found = _find(path, glob, setting)
+    names = data_names(list(found)) if split is None else named_splits(list(found)).get(split, [])
+    check(bool(names), f"{setting}={path} has no split {split} any more: start again when nothing writes to it")
+    for name in names:
+        _check_name(found[name].path, setting)
+    return [found[name] for name in names]
+
+
+def find_names(path: Path, glob: str = ANY) -> list[str]:
+    """The names, from there, of all files in a folder that match; none where `path` is a file or a data set."""
+    is_folder = path.is_dir() and not _is_data_set(path)
+    return list(_find(path, glob, "data.path")) if is_folder else []
+
+
+def _check_name(path: str, setting: str) -> None:
+    """Refuse a name that the files of settings, which are UTF-8, could not hold."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{setting}: the name {os.fsencode(path)!r} is not UTF-8: rename it, or leave it out with --data.glob"
+        ) from error
+
+
+def _find(path: Path, glob: str, setting: str) -> dict[str, Entry]:
+    """The files with their names from `path` on, in order."""
     with _one_line(path):
         path = Path(os.path.abspath(path))
         hint = "; --data.glob chooses among the files of a folder" if set("*?") & set(path.name) else ""
@@ -70,16 +100,16 @@ def find_files(path: Path, glob: str = ANY, setting: str = "data.path") -> list[
         is_unused = is_alone and glob != ANY and setting == "data.path"
         check(not is_unused, f"data.glob={glob} chooses among the files of a folder, and {setting}={path} is none")
         if is_alone:
-            return [look_at(path)]
+            return {path.name: look_at(path)}
         found = dict(_walk(path))
         check(bool(found), f"{setting}={path}: the folder holds no files; give a text file or a folder of text files")
-        entries = [found[name] for name in sorted(found) if matches(name, glob)]
+        matching = {name: found[name] for name in sorted(found) if matches(name, glob)}
         check(
-            bool(entries),
+            bool(matching),
             f"{setting}={path}: none of its {len(found)} files matches data.glob={glob}; **/ before a name looks into "
             f"folders, and {min(found)} is one of the files",
         )
-        return entries
+        return matching
 
 
 def look_at(path: Path) -> Entry:

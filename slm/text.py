@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from slm.documents import Block, Errors, read_documents
 from slm.errors import check
-from slm.files import ANY, Entry, find_files, look_at
+from slm.files import ANY, Entry, find_files, find_names, find_splits, look_at
+from slm.splits import held_out_split, mere_names, named_splits
 
 INSIDE_PYTHON = "the documentation inside Python"
 
@@ -23,9 +24,10 @@ class Text:
     Attributes:
         path: a file, a folder or a saved data set; None is the English documentation inside every Python.
         glob: which files of a folder (`slm.files`).
-        text_field: the field of `.jsonl`, or column of a table, that holds the text.
+        text_field: the field of an object of JSON, or column of a table, that holds the text.
         errors: what is done about bytes that are not UTF-8.
         setting: what gave the path, for messages.
+        split: which of the splits that the names in a folder tell (`slm.splits`); None for all that it holds.
     """
 
     path: Path | None
@@ -33,11 +35,31 @@ class Text:
     text_field: str = "text"
     errors: Errors = "strict"
     setting: str = "data.path"
+    split: str | None = None
+
+    def splits(self) -> tuple["Text", "Text | None"]:
+        """The text to train on, and the one to hold out where the folder has one; raises InputError as `entries`."""
+        if self.path is None:
+            return self, None
+        train, held_out = find_splits(self.path)
+        if train != self.path or not self.path.is_dir():
+            return replace(self, path=train), None if held_out is None else replace(self, path=held_out)
+        name = held_out_split(named_splits(find_names(self.path, self.glob)))
+        return (replace(self, split="train"), replace(self, split=name)) if name else (self, None)
+
+    def mere_names(self) -> tuple[str, str] | None:
+        """Two of its files whose names look like splits, and are none (`slm.splits.mere_names`)."""
+        return None if self.path is None else mere_names(find_names(self.path, self.glob))
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        return INSIDE_PYTHON if self.path is None else f"{self.path}{f' (split {self.split})' if self.split else ''}"
 
     def entries(self) -> list[Entry]:
         """The files it is in."""
         if self.path is not None:
-            return find_files(self.path, self.glob, self.setting)
+            return find_files(self.path, self.glob, self.setting, self.split)
         content = "".join(text for _, text in sorted(topics.items())).encode()
         return [Entry(f"{INSIDE_PYTHON} {blake2b(content).hexdigest()}", len(content), 0)]
 
@@ -57,7 +79,7 @@ class Text:
                 done += entry.size
 
     def __str__(self) -> str:
-        return INSIDE_PYTHON if self.path is None else f"{self.setting}={self.path}"
+        return self.place if self.path is None else f"{self.setting}={self.place}"
 
 
 def check_unchanged(entry: Entry) -> None:

@@ -1,7 +1,9 @@
 """Text of any kind trains, is resumed and evaluated with the tokenizer it was trained with, or is refused."""
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,145 @@ def test_the_held_out_text_may_be_given(tmp_path: Path) -> None:
     assert len({data.fingerprint, other.fingerprint, tail.fingerprint}) == 3
     with pytest.raises(InputError, match=r"data.val_path=.*none.txt: there is no such file or folder"):
         setup(path=str(tmp_path / "a.txt"), val_path=str(tmp_path / "none.txt"))
+
+
+def make(folder: Path, **files: str) -> str:
+    """A folder with files of these contents, in whose names `__` stands for `/` and `_` before the end for a dot."""
+    for name, text in files.items():
+        path = folder / ".".join(name.replace("__", "/").rsplit("_", 1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "held_out", "split"),
+    [
+        (
+            {"train__b_txt": "two", "train__a_txt": "one", "validation__a_txt": "held"},
+            "one|two|",
+            "held|",
+            "validation",
+        ),
+        ({"train_txt": "one", "validation_txt": "held", "test_txt": "never"}, "one|", "held|", "validation"),
+        ({"train_txt": "one", "dev_txt": "held", "README_md": "about", "LICENSE_txt": "MIT"}, "one|", "held|", "dev"),
+        ({"training__a_txt": "one", "eval__a_txt": "held"}, "one|", "held|", "eval"),
+    ],
+)
+def test_a_folders_own_split_is_held_out_and_no_other_is_trained_on(
+    files: dict[str, str], train: str, held_out: str, split: str, tmp_path: Path
+) -> None:
+    path = make(tmp_path, **files)
+    data = setup(path=path, max_seq_len=2)
+    assert tuple(bytes(part) for part in streams(data)) == (
+        train.encode().replace(b"|", b"\xff"),
+        held_out.encode().replace(b"|", b"\xff"),
+    )
+    name = {"dev": "validation", "eval": "test"}.get(split, split)
+    line = next(data.at_a_glance(num_parameters=1))
+    assert line.startswith(f"{path} (split train): ")
+    assert line.endswith(f" held out of {path} (split {name})")
+
+
+def test_a_folder_of_shards_from_the_hub_is_read_without_its_card(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "data").mkdir()
+    for name, text in [("train-00000-of-00002", "one"), ("train-00001-of-00002", "two"), ("test-00000-of-00001", "no")]:
+        parquet.write_table(arrow.table({"text": [text]}), tmp_path / f"data/{name}.parquet")
+    for name in ("README.md", "LICENSE", ".gitattributes"):
+        (tmp_path / name).write_text("no data")
+    train, held_out = streams(setup(path=str(tmp_path), max_seq_len=2))
+    assert (bytes(train), bytes(held_out)) == (b"one\xfftwo\xff", b"no\xff")
+    (tmp_path / "data/test-00000-of-00001.parquet").unlink()
+    assert setup(path=str(tmp_path), max_seq_len=2).facts.num_documents == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (
+            {"train_py": "a" * 9, "tests__test_model_py": "b" * 9, "model_py": "c" * 9},
+            "train.py and tests/test_model.py",
+        ),
+        ({"test_txt": "a" * 9, "novel_txt": "b" * 9}, None),
+        ({"README_md": "a" * 9, "chapter_md": "b" * 9}, None),
+    ],
+)
+def test_names_among_others_are_those_of_files_and_that_is_said_once(
+    files: dict[str, str], names: str | None, tmp_path: Path
+) -> None:
+    path = make(tmp_path, **files)
+    data = setup(path=path)
+    assert data.facts.num_documents == len(files)
+    lines = [line for line in data.at_a_glance(num_parameters=1) if "--data.val_path" in line]
+    told = f"{names} are files among others, not splits: --data.val_path names a text to hold out"
+    assert lines == ([told] if names else [])
+    held_out = make(tmp_path / "other", mine_txt="some text")
+    assert not any("val_path" in line for line in setup(path=path, val_path=held_out).at_a_glance(num_parameters=1))
+
+
+def test_a_text_to_hold_out_that_is_given_wins_over_the_folders_own(tmp_path: Path) -> None:
+    path = make(tmp_path / "text", train_txt="to train on", validation_txt="not this")
+    data = setup(path=path, val_path=make(tmp_path / "other", mine_txt="to hold out"))
+    assert [bytes(part) for part in streams(data)] == [b"to train on\xff", b"to hold out\xff"]
+
+
+def test_a_glob_chooses_before_the_splits_are_told(tmp_path: Path) -> None:
+    path = make(tmp_path, train_txt="to train on", validation_txt="to hold out", more_py="code", meta_csv="a,b")
+    assert [bytes(part) for part in streams(setup(path=path, glob="*.txt"))] == [b"to train on\xff", b"to hold out\xff"]
+    assert setup(path=path, glob="train*", max_seq_len=4).facts.num_bytes == len("to train on")
+
+
+def test_the_merges_are_not_learned_from_the_split_that_is_held_out(tmp_path: Path) -> None:
+    path = make(tmp_path, train_txt="abab " * 50, validation_txt="xyxy " * 50)
+    data = setup(path=path, tokenizer="bpe", vocab_size=260)
+    assert data.tokenizer is not None
+    assert '"ab"' in data.tokenizer
+    assert '"xy"' not in data.tokenizer
+
+
+def test_a_run_on_a_folder_with_a_split_says_what_it_holds_out_and_goes_on(slm: Run, workdir: Path) -> None:
+    make(workdir / "texts", train_txt=WORDS * 9, validation_txt=WORDS * 3)
+    flags = ["--data=TextData", "--data.path=texts", "--model.vocab_size=256", *SMALL, *QUIET]
+    assert "texts (split train): 1 document, 585 bytes" in (output := slm(*flags))
+    assert " held out of " in output
+    assert "texts (split validation)" in output
+    slm("--ckpt_path=last", "--trainer.max_epochs=2")
+    (workdir / "texts/validation.txt").write_text(WORDS * 4)
+    with pytest.raises(SystemExit):
+        slm("--ckpt_path=last", "--trainer.max_epochs=3")
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names there are Unicode")
+def test_a_name_that_is_not_utf8_is_refused_given_alone_and_in_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    path.write_text(WORDS)
+    for place in (path, tmp_path):
+        with pytest.raises(
+            InputError, match=r"data.path: the name b'.*caf\\xe9.txt' is not UTF-8: rename it, or leave"
+        ):
+            setup(path=str(place))
+    make(tmp_path, more_txt=WORDS)
+    assert setup(path=str(tmp_path), glob="m*").facts.num_documents == 1
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names there are Unicode")
+def test_a_command_refuses_a_name_that_is_not_utf8_in_one_line(refused: Run, workdir: Path) -> None:
+    name = os.fsdecode(b"texts/caf\xe9.txt")
+    (workdir / "texts").mkdir()
+    (workdir / name).write_text(WORDS)
+    for path in (name, "texts"):
+        refused("--data=TextData", f"--data.path={path}", "--model.vocab_size=256", *SMALL, *QUIET)
+
+
+def test_the_mark_before_utf8_is_no_part_of_settings_or_tokenizers(slm: Run, workdir: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    (workdir / "mine.txt").write_bytes(mark + WORDS.encode() * 30)
+    (workdir / "tokenizer.json").write_bytes(mark + train_bpe(iter([WORDS]), 270).dump().encode())
+    (workdir / "mine.yaml").write_bytes(mark + b"data: {init_args: {tokenizer: tokenizer.json}}")
+    output = slm(*BPE[:1], *BPE[2:], "--config=mine.yaml")
+    assert "mine.txt: 1 document, 1,950 bytes" in output
+    slm("--ckpt_path=last", "--trainer.max_epochs=2", "--data.tokenizer=tokenizer.json")
 
 
 def test_a_saved_dict_of_data_sets_brings_its_own_validation(tmp_path: Path) -> None:
