@@ -1,6 +1,7 @@
 """Text out of a trained model: `python -m slm.generate --ckpt_path best --prompt "The "`."""
 
 import io
+import re
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 
 from slm.checkpoint import open_checkpoint
 from slm.decoding import Sampler, decode
+from slm.documents import MARK, read_text
 from slm.endings import ends_in_one_line
 from slm.errors import InputError, check
 from slm.hardware import accelerator_kind
@@ -141,7 +143,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stop", action="append", default=[], help="a text that ends what is written; likewise")
     with ends_in_one_line():
         given = vars(parse_flags(parser, argv))
-        prompts = [*given.pop("prompt"), *map(_read_prompt, given.pop("prompt_file"))]
+        prompts = [
+            *given.pop("prompt"),
+            *(read_text(Path(path), f"prompt_file={path}") for path in given.pop("prompt_file")),
+        ]
         ckpt_path, accelerator = given.pop("ckpt_path"), given.pop("accelerator")
         settings = Settings(**given)
         writer = Writer(ckpt_path, accelerator)
@@ -172,7 +177,7 @@ def _converse(writer: Writer, settings: Settings) -> None:
         raise InputError(no_prompt)
     is_terminal, found = sys.stdin.isatty(), False
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # to be refused with the prompt
+        sys.stdin.reconfigure(errors="surrogateescape", newline="\n")  # bytes as they are; the prompt refuses bad ones
     while True:
         if is_terminal:
             print("> ", end="", file=sys.stderr, flush=True)
@@ -180,7 +185,7 @@ def _converse(writer: Writer, settings: Settings) -> None:
         if not line:
             check(found or is_terminal, no_prompt)
             return
-        if prompt := line.rstrip("\r\n"):
+        if prompt := re.sub(r"\r?\n\Z", "", line if found else line.removeprefix(MARK)):
             found = True
             try:
                 _show(writer, prompt, settings)
@@ -190,15 +195,6 @@ def _converse(writer: Writer, settings: Settings) -> None:
                 print(flush=True)
                 if isinstance(error, InputError):
                     say(f"error: {error}")
-
-
-def _read_prompt(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"prompt_file={path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"prompt_file={path} is not UTF-8 text: byte {error.start}") from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A trained model writes text: what it is asked for, the same each time, or one line that says why not."""
 
+import gzip
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from conftest import fit, small_model
 
 import slm
 from slm.data import TextData
+from slm.documents import read_documents
+from slm.files import look_at
 from slm.generate import Settings, Writer, main, write
 from slm.tokenizer import train_bpe
 
@@ -195,4 +199,64 @@ def test_a_prompt_file_that_is_no_text_is_refused(workdir: Path, capsys: pytest.
     Path("prompt.txt").write_bytes(b"ab\xff")
     with pytest.raises(SystemExit):
         main(["--prompt_file=prompt.txt"])
-    assert capsys.readouterr().err == "error: prompt_file=prompt.txt is not UTF-8 text: byte 2\n"
+    message = "error: prompt_file=prompt.txt is not UTF-8 text: byte 0xff at offset 2; give a file of UTF-8 text\n"
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.txt", b"a\r\nb\rc\n", "a\r\nb\rc\n"),
+        ("a.txt", b"\xef\xbb\xbfa\r\n", "a\r\n"),
+        ("a.txt.gz", gzip.compress(b"a\r\nb"), "a\r\nb"),
+        ("a", b" a\0\n\n", " a\0\n\n"),
+    ],
+)
+def test_a_prompt_file_is_the_text_that_training_sees(
+    name: str, content: bytes, text: str, trained: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(name).write_bytes(content)
+    assert "".join(block.text for block in read_documents(look_at(Path(name)), "text", "strict")) == text
+    main([f"--ckpt_path={trained}", f"--prompt_file={name}", *GREEDY])
+    assert capsys.readouterr().out == write(text, trained, max_new_tokens=8, temperature=0) + "\n"
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="a shell there has no <(command)")
+def test_a_prompt_file_may_be_a_pipe(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"one two")
+    os.close(writer)
+    main([f"--ckpt_path={trained}", f"--prompt_file=/dev/fd/{reader}", *GREEDY])
+    os.close(reader)
+    assert capsys.readouterr().out == "one two three f\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "words".encode("utf-16"), "is UTF-16 text: give a file of UTF-8 text"),
+        ("a.txt", "some words".encode("utf-16-le"), "is UTF-16 text without its mark: give a file of UTF-8 text"),
+        ("a.txt", b"PK\x03\x04and more", "is a zip archive, as docx, xlsx, epub and .pt are: give a file"),
+        ("a.txt.gz", b"not packed", "is not a whole gzip file: "),
+        ("folder", None, "cannot be read: Is a directory"),
+    ],
+)
+def test_a_prompt_file_that_training_would_refuse_is_refused(
+    name: str, content: bytes | None, message: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(name).mkdir() if content is None else Path(name).write_bytes(content)
+    with pytest.raises(SystemExit):
+        main([f"--prompt_file={name}"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: prompt_file={name} {message}")
+
+
+def test_lines_of_the_input_end_at_their_line_break_alone(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = "\ufeffone\rtwo\r\n\r\nthree \r\r\nfour\x85\u2028\r".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+    main([f"--ckpt_path={trained}", *GREEDY])
+    prompts = ["one\rtwo", "three \r", "four\x85\u2028\r"]
+    expected = [write(prompt, trained, max_new_tokens=8, temperature=0) + "\n" for prompt in prompts]
+    assert capsys.readouterr().out == "".join(expected)
