@@ -3,10 +3,12 @@
 import json
 import logging
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slm.errors import InputError, check
@@ -45,6 +47,8 @@ MATHEMATICS = {
     "tie_word_embeddings": (True,),
 }
 """What GPT-2's config may say of a network that is the one here."""
+MASKS = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:masked_)?bias")
+"""Names of what older versions of `transformers` kept beside the weights: the causal mask, which is no weight."""
 
 
 def to_gpt2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -114,6 +118,7 @@ def read_gpt2(folder: Path) -> dict[str, Any]:
         for name, meant in MATHEMATICS.items():
             value = told.get(name, getattr(config, name))
             check(value in meant, f"{folder} has {name}={value}: the network here has {' or '.join(map(str, meant))}")
+        _check_tied(folder)
         theirs, loading = transformers.GPT2LMHeadModel.from_pretrained(
             folder, config=config, local_files_only=True, output_loading_info=True
         )
@@ -121,7 +126,7 @@ def read_gpt2(folder: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # the library's own are of many kinds
         raise InputError(f"from_gpt2={folder} cannot be read as a GPT-2: {error}") from error
-    untold = sorted(loading["unexpected_keys"])
+    untold = sorted(name for name in loading["unexpected_keys"] if not MASKS.fullmatch(name))
     check(not untold, f"{folder} has weights that its config.json does not tell of: {', '.join(untold[:3])}")
     missing = sorted({*loading["missing_keys"]} - {"lm_head.weight"})
     check(not missing, f"{folder} has no weights for {', '.join(missing[:3])}{' and more' if missing[3:] else ''}")
@@ -135,6 +140,50 @@ def read_gpt2(folder: Path) -> dict[str, Any]:
         "state_dict": state,
         "tokenizer": _dumped_tokenizer(folder, sizes["vocab_size"]),
     }
+
+
+def _check_tied(folder: Path) -> None:
+    """Refuse an `lm_head` of its own, which `transformers` drops where the config does not tell of it."""
+    found = _stored(folder, "wte.weight", "lm_head.weight")
+    if len(found) == 2:
+        (embedding, first), (head, second) = sorted(found.items(), key=lambda item: "lm_head" in item[0])
+        check(
+            first.shape == second.shape and torch.equal(first.float(), second.float()),
+            f"{folder} has other values in {head} than in {embedding}: the network here has one matrix for both",
+        )
+
+
+def _stored(folder: Path, *names: str) -> dict[str, Tensor]:
+    """The tensors of these names, with or without `transformer.` before them, in the files that a folder is read from.
+
+    Args:
+        folder: in the format of `transformers`, which looks for these files in this order.
+        names: of tensors.
+    """
+    found: dict[str, Tensor] = {}
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        whole, index = folder / kind, folder / f"{kind}.index.json"
+        if whole.is_file():
+            files = [whole]
+        elif index.is_file():
+            files = [folder / file for file in sorted({*json.loads(index.read_bytes())["weight_map"].values()})]
+        else:
+            continue
+        for file in files:
+            found |= _tensors(file, names)
+        break
+    return found
+
+
+def _tensors(file: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as tensors:
+            chosen = [name for name in tensors.keys() if name.removeprefix("transformer.") in names]  # noqa: SIM118
+            return {name: tensors.get_tensor(name) for name in chosen}
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    return {name: content[name] for name in content if name.removeprefix("transformer.") in names}
 
 
 def as_gpt2_tokenizer(dumped: str | None, vocab_size: int, max_seq_len: int) -> Any:
@@ -179,7 +228,7 @@ def _dumped_tokenizer(folder: Path, vocab_size: int) -> str | None:
 
     try:
         if (folder / "tokenizer.json").is_file():
-            library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            library = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8-sig"))
         elif (folder / "vocab.json").is_file():  # of the days before that
             library = (
                 import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
