@@ -54,6 +54,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     _fsync_folder(path.parent)
 
 
+def give_usual_modes(folder: Path) -> None:
+    """Let who may read any new file read those in a new folder too; the writer of safetensors makes its own private."""
+    probe = folder / f"mode{TEMPORARY}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(mode & 0o777)
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Let no other process into the body that would write in the same folder; it waits, and says so.

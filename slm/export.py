@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.checkpoint import DurableCheckpointIO, open_checkpoint
-from slm.durable import TEMPORARY
+from slm.durable import TEMPORARY, give_usual_modes
 from slm.endings import ends_in_one_line
 from slm.errors import NotWrittenError, check
 from slm.gpt2 import as_gpt2, as_gpt2_tokenizer, import_transformers, read_gpt2
@@ -64,8 +64,10 @@ def write_folder(ckpt_path: str, output: Path) -> None:
         exported.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         _name_tokenizer_class(unfinished / "tokenizer_config.json")
+        _write_merges_as_text(unfinished / "tokenizer.json")
         num_parameters = sum(weight.numel() for weight in model.transformer.parameters())
         (unfinished / "README.md").write_text(model_card(path, content, num_parameters), encoding="utf-8")
+        give_usual_modes(unfinished)
         os.replace(unfinished, output.absolute())
     except Exception as error:  # the writer of weights has errors of its own
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -80,6 +82,16 @@ def _name_tokenizer_class(path: Path) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_merges_as_text(path: Path) -> None:
+    """Write the merges of BPE as `"a b"`, which every version of `tokenizers` reads; before 0.20 none read pairs."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    merges = content["model"].get("merges", [])
+    if any(" " in part for merge in merges for part in merge):  # as text it could not be taken apart again
+        return
+    content["model"]["merges"] = [" ".join(merge) for merge in merges]
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def model_card(source: Path, content: Mapping[str, Any], num_parameters: int) -> str:

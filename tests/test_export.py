@@ -1,6 +1,7 @@
 """What is exported computes the same in `transformers`, and what is read from there computes the same here."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -21,6 +22,7 @@ from slm.tokenizer import ByteTokenizer, train_bpe
 from slm.trained import load
 
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 Run = Callable[..., str]
 README = (ROOT / "README.md").read_text()
 TEXT = "Die Katze saß auf 猫 🙂\n\n  def f(x):\n\treturn x"
@@ -84,6 +86,56 @@ def test_the_way_back_gives_the_same_file(exported: tuple[LanguageModel, str | N
     assert before["tokenizer"] == after["tokenizer"]
     assert before["state_dict"].keys() == after["state_dict"].keys()
     assert all(torch.equal(value, after["state_dict"][name]) for name, value in before["state_dict"].items())
+
+
+def test_merges_are_written_as_every_version_reads_them(workdir: Path) -> None:
+    save("model.pt", dumped("bpe"), vocab_size=300)
+    main(["--ckpt_path=model.pt", "--output=out"])
+    merges = json.loads(Path("out/tokenizer.json").read_text())["model"]["merges"]
+    pairs = json.loads(train_bpe(iter([README]), 300).dump())["model"]["merges"]
+    assert merges == [f"{first} {second}" for first, second in pairs]
+
+
+def test_merges_of_tokens_with_spaces_stay_pairs(workdir: Path) -> None:
+    library = pytest.importorskip("tokenizers")
+    vocabulary = {"<eos>": 0, "a": 1, " ": 2, "a ": 3, "b": 4, "a b": 5}
+    plain = library.Tokenizer(library.models.BPE(vocabulary, [("a", " "), ("a ", "b")]))
+    save("model.pt", plain.to_str(), vocab_size=6)
+    main(["--ckpt_path=model.pt", "--output=out"])
+    assert json.loads(Path("out/tokenizer.json").read_text())["model"]["merges"] == [["a", " "], ["a ", "b"]]
+    assert transformers.AutoTokenizer.from_pretrained("out")("a b").input_ids == [5]
+
+
+def test_a_tokenizer_after_the_mark_of_utf8_is_read(workdir: Path) -> None:
+    save("model.pt", dumped("bpe"), vocab_size=300)
+    main(["--ckpt_path=model.pt", "--output=out"])
+    path = Path("out/tokenizer.json")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    main(["--from_gpt2=out", "--output=back.pt"])
+    assert read_checkpoint(Path("back.pt"))["tokenizer"] == dumped("bpe")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_every_file_that_a_command_writes_can_be_read_by_those_whom_the_umask_lets(
+    umask: int, slm: Run, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workdir / "cache"))
+    small = [flag for flag in SMALL_FLAGS if "num_tokens" not in flag and "vocab_size" not in flag]
+    Path("text.txt").write_text(README[:4000])
+    Path("text.txt").chmod(0o666 & ~umask)
+    before = os.umask(umask)
+    try:
+        text = ["--data=TextData", "--data.path=text.txt", "--data.tokenizer=bpe", "--model.vocab_size=300"]
+        slm(*small, *text, "--trainer.max_epochs=1")
+        main(["--ckpt_path=best", "--output=out"])
+        main(["--from_gpt2=out", "--output=back.pt"])
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in workdir.rglob("*") if path.is_file()}
+    assert {path: oct(mode) for path, mode in modes.items() if mode != 0o666 & ~umask} == {}
+    names = {path.name for path in modes}
+    assert {"model.safetensors", "tokenizer.json", "best.ckpt", "config.yaml", "loss.png", "back.pt"} <= names
 
 
 def test_a_text_goes_on_the_same(workdir: Path) -> None:
@@ -255,6 +307,67 @@ def test_a_gpt2_that_is_another_network_is_refused(
 ) -> None:
     gpt2_folder(**changes)
     assert message in refuse(capsys, "--from_gpt2=gpt2", "--output=new.pt")
+
+
+def stored(kind: str) -> dict[str, torch.Tensor]:
+    """Writes `gpt2` as one file of a kind, under the names of GPT2LMHeadModel, and returns its tensors."""
+    gpt2_folder()
+    tensors = safetensors.load_file("gpt2/model.safetensors")
+    Path("gpt2/model.safetensors").unlink()
+    store(kind, tensors)
+    return tensors
+
+
+def store(kind: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Write the tensors into the folder `gpt2` in one of the ways in which `transformers` has written them."""
+    suffix, name = (".safetensors", "model") if kind.endswith("safetensors") else (".bin", "pytorch_model")
+    parts = {f"{name}{suffix}": list(tensors)}
+    if kind.startswith("shards"):
+        parts = {f"first{suffix}": list(tensors)[::2], f"second{suffix}": list(tensors)[1::2]}
+        index = {"metadata": {}, "weight_map": {tensor: file for file, names in parts.items() for tensor in names}}
+        Path(f"gpt2/{name}{suffix}.index.json").write_text(json.dumps(index))
+    for file, names in parts.items():
+        part = {tensor: tensors[tensor] for tensor in names}
+        if suffix == ".safetensors":
+            safetensors.save_file(part, f"gpt2/{file}", metadata={"format": "pt"})
+        else:
+            torch.save(part, f"gpt2/{file}", _use_new_zipfile_serialization=kind != "pickle of old")
+
+
+KINDS = ["safetensors", "shards of safetensors", "pickle", "pickle of old", "shards of pickles"]
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_of_its_own_is_refused_and_an_equal_one_is_not(
+    kind: str, prefix: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {name.replace("transformer.", prefix): value for name, value in stored(kind).items()}
+    head = tensors[f"{prefix}wte.weight"].clone()
+    store(kind, {**tensors, "lm_head.weight": head + 0.1})
+    expected = f"gpt2 has other values in lm_head.weight than in {prefix}wte.weight: the network here has one matrix"
+    assert expected in refuse(capsys, "--from_gpt2=gpt2", "--output=new.pt")
+    config = Path("gpt2/config.json")
+    told = json.loads(config.read_text())
+    del told["tie_word_embeddings"]
+    config.write_text(json.dumps(told))
+    assert expected in refuse(capsys, "--from_gpt2=gpt2", "--output=new.pt")
+    store(kind, {**tensors, "lm_head.weight": head})
+    main(["--from_gpt2=gpt2", "--output=new.pt"])
+    assert torch.equal(load("new.pt").transformer.token_embedding.weight, head)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_masks_that_older_versions_kept_are_no_weights(kind: str, prefix: str, workdir: Path) -> None:
+    tensors = {name.replace("transformer.", prefix): value for name, value in stored(kind).items()}
+    for layer in (0, 1):
+        tensors[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
+        tensors[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    store(kind, tensors)
+    main(["--from_gpt2=gpt2", "--output=new.pt"])
+    theirs, tokens = gpt2_folder(), torch.randint(40, (2, 24))
+    torch.testing.assert_close(load("new.pt")(tokens), theirs(tokens).logits)
 
 
 @pytest.mark.parametrize(
