@@ -1,6 +1,7 @@
 """What a command line asks for: a subcommand, its flags, and the checkpoint whose settings come before them."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -82,6 +83,8 @@ def read_request(argv: Sequence[str]) -> Request:
         InputError: a setting that cannot be given, an unreadable file of settings, an evaluation without checkpoint, a
             checkpoint that is missing, damaged or foreign, or (`fit`) holds weights alone.
     """
+    for flag in argv:
+        check(_is_utf8(flag), f"{os.fsencode(flag)!r} is not UTF-8: rename the file, or type it anew")
     subcommand, given = (argv[0], argv[1:]) if argv and argv[0] in SUBCOMMANDS else ("fit", argv)
     flags, ckpt_paths = _take_option(given, "--ckpt_path")
     _refuse_ignored(flags)
@@ -104,6 +107,10 @@ def read_request(argv: Sequence[str]) -> Request:
     elif subcommand != "fit" and not {"-h", "--help", "--print_config"} & set(flags):
         raise InputError(f"{subcommand} needs --ckpt_path: last, best, a run folder or a checkpoint file")
     return request
+
+
+def _is_utf8(text: str) -> bool:
+    return text == text.encode(errors="ignore").decode()
 
 
 def read_settings(config: str) -> dict[str, Any]:

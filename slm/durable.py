@@ -1,10 +1,11 @@
 """Files that are there whole or not at all, whatever kills the process or fills the disk."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 try:
     import fcntl
@@ -65,26 +66,44 @@ def give_usual_modes(folder: Path) -> None:
             file.chmod(mode & 0o777)
 
 
+def lock(file: IO[str], waits: bool = False) -> None:
+    """Hold the lock of a file until that is closed or this process ends; workers of it do not inherit the lock.
+
+    Where the file system has no locks, as NFS may not, that is said, and this goes on without.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one does not wait.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise BlockingIOError from error
+        folder = Path(file.name).parent
+        say(f"{folder} cannot be locked ({error.strerror}): let nothing else write there at the same time")
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Let no other process into the body that would write in the same folder; it waits, and says so.
 
     Raises:
-        NotWrittenError: the folder cannot be made or locked.
+        NotWrittenError: the folder cannot be made, or not be written to.
     """
-    lock = folder / ".lock"
+    lock_file = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone when the process is, however it ends
-            except BlockingIOError:
-                say(f"another process writes in {folder}: waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
+        file = lock_file.open("w")
+        try:
+            lock(file)
+        except BlockingIOError:
+            say(f"another process writes in {folder}: waiting for it")
+            lock(file, waits=True)
     except OSError as error:
-        remedy = "make room or permit writing and locking there, or set XDG_CACHE_HOME to another folder"
-        raise NotWrittenError(f"{lock} cannot be written: {error.strerror}; {remedy}") from error
+        remedy = "make room or permit writing there, or set XDG_CACHE_HOME to another folder"
+        raise NotWrittenError(f"{lock_file} cannot be written: {error.strerror}; {remedy}") from error
     with file:
         yield
 

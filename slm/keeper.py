@@ -13,13 +13,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 from slm.checkpoint import WEIGHTS_NAME, DurableCheckpointIO
-from slm.durable import replace_file, sweep
+from slm.durable import lock, replace_file, sweep
 from slm.errors import InputError, NotWrittenError, check
 from slm.notices import say
 from slm.resume import ExactResume, is_fitting
@@ -128,11 +123,10 @@ def hold(run: Path) -> IO[str]:
     except OSError as error:
         message = f"{run} cannot be written to: {error.strerror}; permit it, or copy the run to where you may write"
         raise InputError(message) from error
-    if fcntl is not None:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the workers, gone after a kill
-        except BlockingIOError as error:
-            raise InputError(f"{run} is being trained by another process: stop that first") from error
+    try:
+        lock(file)
+    except BlockingIOError as error:
+        raise InputError(f"{run} is being trained by another process: stop that first") from error
     return file
 
 
