@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from slm.cli import main
-from slm.data import DummyData, TokenData
+from slm.data import DummyData, TextData, TokenData
 from slm.module import LanguageModel
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"vocab_size": 20, "embed_dim": 16, "num_heads": 2, "num_layers": 1, "hidden_dim": 32, "max_seq_len": 16}
 SMALL_FLAGS = [f"--model.{name}={size}" for name, size in SMALL.items()] + ["--data.num_tokens=2000"]
+
+RHYME = "one two three four five six seven. "
 
 torch.set_num_threads(1)
 
@@ -29,6 +32,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def rhyming(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that know a rhyme by heart, so surely that they write it on every processor."""
+    folder = tmp_path_factory.mktemp("rhyming")
+    (folder / "rhyme.txt").write_text(RHYME * 200)
+    data = TextData(256, 16, path=str(folder / "rhyme.txt"), batch_size=8)
+    sizes = {"vocab_size": 256, "embed_dim": 64, "num_heads": 4, "hidden_dim": 128}
+    model = small_model(**sizes, learning_rate=3e-3, schedule="cosine")
+    fit(model, data, max_epochs=15, limit_val_batches=0)
+    letters = torch.tensor(list((RHYME * 2).encode())).unfold(0, 17, 1)[: len(RHYME)]  # begun at each of its letters
+    with torch.no_grad():
+        probabilities = model(letters[:, :-1]).softmax(-1).gather(-1, letters[:, 1:, None])[..., 0]
+    assert probabilities[:, 3:].min() > 0.95  # any four letters of it tell the next
+    assert probabilities[0, 2] > 0.95  # and so does "one"
+    content = {"hyper_parameters": dict(model.hparams), "tokenizer": "bytes"}
+    torch.save({**content, "state_dict": model.transformer.state_dict()}, folder / "weights.pt")
+    return folder / "weights.pt"
 
 
 @pytest.fixture
@@ -94,6 +116,13 @@ def fit(model: LanguageModel, data: TokenData | None = None, **flags: Any) -> Tr
     )
     trainer.fit(model, datamodule=data or small_data())
     return trainer
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The likeliest token of each sequence, which must be so by far more than rounding can change."""
+    first, second = logits.topk(2).values.unbind(-1)
+    assert (first - second).min() > 1e-3
+    return logits.argmax(-1)
 
 
 def run_command(*argv: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import likeliest, small_model
 from torch import Tensor
 
 from slm.decoding import CachedNetwork, Sampler, decode
@@ -36,7 +36,7 @@ def test_greedy_tokens_and_logits_are_those_of_the_network_without_a_cache(max_s
 
     def choose(logits: Tensor) -> Tensor:
         seen.append(logits[0])
-        return logits.argmax(-1)
+        return likeliest(logits)
 
     for chosen in islice(decode(transformer, torch.tensor([tokens]), choose), 3 * max_seq_len):
         window = window_after(tokens, num_given, max_seq_len)
@@ -49,9 +49,9 @@ def test_greedy_tokens_and_logits_are_those_of_the_network_without_a_cache(max_s
 def test_sequences_beside_one_another_do_not_mix() -> None:
     transformer = network()
     tokens = torch.randint(20, (3, 5))
-    together = torch.stack(list(islice(decode(transformer, tokens, lambda logits: logits.argmax(-1)), 20)), 1)
+    together = torch.stack(list(islice(decode(transformer, tokens, likeliest), 20)), 1)
     for row, expected in zip(tokens, together, strict=True):
-        alone = torch.cat(list(islice(decode(transformer, row[None], lambda logits: logits.argmax(-1)), 20)))
+        alone = torch.cat(list(islice(decode(transformer, row[None], likeliest), 20)))
         assert alone.tolist() == expected.tolist()
 
 
@@ -137,6 +137,6 @@ def test_logits_that_are_not_finite_are_refused(temperature: float, bad: float) 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_writes_the_same_tokens() -> None:
     transformer, tokens = network(), torch.tensor([[1, 2, 3]])
-    expected = torch.cat(list(islice(decode(transformer, tokens, Sampler(temperature=0)), 30)))
+    expected = torch.cat(list(islice(decode(transformer, tokens, likeliest), 30)))
     found = torch.cat(list(islice(decode(transformer.cuda(), tokens.cuda(), Sampler(temperature=0)), 30)))
     assert found.tolist() == expected.tolist()

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_FLAGS, fit, small_model
+from conftest import ROOT, SMALL_FLAGS, likeliest, small_model
 
 from slm.checkpoint import read_checkpoint
-from slm.data import TextData
-from slm.decoding import Sampler, decode
+from slm.decoding import decode
 from slm.export import main
 from slm.generate import write
 from slm.module import LanguageModel
@@ -60,7 +59,7 @@ def test_logits_and_greedy_tokens_are_the_same(exported: tuple[LanguageModel, st
     theirs, model = theirs.float(), model.float()
     given = {"input_ids": tokens[:1, :5], "attention_mask": torch.ones(1, 5), "do_sample": False}
     expected = theirs.generate(**given, max_new_tokens=11, eos_token_id=None, pad_token_id=0)[0, 5:]
-    found = torch.cat(list(islice(decode(model.transformer, tokens[:1, :5], Sampler(0)), 11)))
+    found = torch.cat(list(islice(decode(model.transformer, tokens[:1, :5], likeliest), 11)))
     assert found.tolist() == expected.tolist()
 
 
@@ -138,17 +137,12 @@ def test_every_file_that_a_command_writes_can_be_read_by_those_whom_the_umask_le
     assert {"model.safetensors", "tokenizer.json", "best.ckpt", "config.yaml", "loss.png", "back.pt"} <= names
 
 
-def test_a_text_goes_on_the_same(workdir: Path) -> None:
-    Path("rhyme.txt").write_text("one two three four five six seven. " * 200)
-    model = small_model(vocab_size=256, learning_rate=1e-2)
-    fit(model, TextData(256, 16, path="rhyme.txt", batch_size=8), max_epochs=4, limit_val_batches=1)
-    content = {"hyper_parameters": dict(model.hparams), "tokenizer": "bytes"}
-    torch.save({**content, "state_dict": model.transformer.state_dict()}, "model.pt")
-    main(["--ckpt_path=model.pt", "--output=out"])
+def test_a_text_goes_on_the_same(workdir: Path, rhyming: Path) -> None:
+    main([f"--ckpt_path={rhyming}", "--output=out"])
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained("out")
     written = theirs.generate(**tokenizer("one t", return_tensors="pt"), max_new_tokens=11, do_sample=False)
-    assert tokenizer.decode(written[0]) == write("one t", "model.pt", max_new_tokens=11, temperature=0)
+    assert tokenizer.decode(written[0]) == write("one t", rhyming, max_new_tokens=11, temperature=0)
 
 
 def gpt2_folder(**changes: Any) -> transformers.GPT2LMHeadModel:

@@ -8,76 +8,73 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fit, small_model
+from conftest import RHYME
 
 import slm
-from slm.data import TextData
 from slm.documents import read_documents
 from slm.files import look_at
 from slm.generate import Settings, Writer, main, write
 from slm.tokenizer import train_bpe
 
-RHYME = "one two three four five six seven. "
 GREEDY = ["--temperature=0", "--max_new_tokens=8"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights that know a rhyme by heart."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "rhyme.txt").write_text(RHYME * 200)
-    data = TextData(256, 16, path=str(folder / "rhyme.txt"), batch_size=8)
-    model = small_model(vocab_size=256, learning_rate=1e-2)
-    fit(model, data, max_epochs=12, limit_val_batches=1)
-    content = {"hyper_parameters": dict(model.hparams), "tokenizer": "bytes"}
-    torch.save({**content, "state_dict": model.transformer.state_dict()}, folder / "weights.pt")
-    return folder / "weights.pt"
-
-
 @pytest.fixture
-def numbers(trained: Path, workdir: Path) -> str:
+def numbers(rhyming: Path, workdir: Path) -> str:
     """The same without a tokenizer."""
-    torch.save({**torch.load(trained, weights_only=True), "tokenizer": None}, "numbers.pt")
+    torch.save({**torch.load(rhyming, weights_only=True), "tokenizer": None}, "numbers.pt")
     return "--ckpt_path=numbers.pt"
 
 
-def test_a_model_writes_what_it_learned(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert write("one two three f", trained, max_new_tokens=8, temperature=0) == "one two three four five"
+def always(token: int, rhyming: Path, path: Path) -> Path:
+    """Weights after which every token is this one: their hidden state is 1 everywhere, whatever they see."""
+    content = torch.load(rhyming, weights_only=True)
+    state = content["state_dict"]
+    state["final_norm.weight"].zero_()
+    state["final_norm.bias"].fill_(1.0)
+    state["token_embedding.weight"][token] = state["token_embedding.weight"].max() + 1
+    torch.save(content, path)
+    return path
+
+
+def test_a_model_writes_what_it_learned(rhyming: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert write("one two three f", rhyming, max_new_tokens=8, temperature=0) == "one two three four five"
     assert slm.write is write
-    main([f"--ckpt_path={trained}", "--prompt=one two three f", *GREEDY])
+    main([f"--ckpt_path={rhyming}", "--prompt=one two three f", *GREEDY])
     assert capsys.readouterr() == ("one two three four five\n", "")
-    assert len(write(ckpt_path=trained, max_new_tokens=5)) == 5
+    assert write(ckpt_path=always(ord("a"), rhyming, tmp_path / "a.pt"), max_new_tokens=5) == "aaaaa"
 
 
-def test_what_is_written_past_the_context_still_follows_the_rhyme(trained: Path) -> None:
-    assert write("one two", trained, max_new_tokens=100, temperature=0) == (RHYME * 4)[:107]
+def test_what_is_written_past_the_context_still_follows_the_rhyme(rhyming: Path) -> None:
+    assert write("one two", rhyming, max_new_tokens=100, temperature=0) == (RHYME * 4)[:107]
 
 
 def test_several_prompts_are_gone_on_with_one_after_another(
-    trained: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+    rhyming: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("prompt.txt").write_text("three f")
-    main([f"--ckpt_path={trained}", "--prompt=one", "--prompt=[5]", "--prompt_file=prompt.txt", *GREEDY])
+    main([f"--ckpt_path={rhyming}", "--prompt=one", "--prompt=[5]", "--prompt_file=prompt.txt", *GREEDY])
     out, err = capsys.readouterr()
-    one, other, three = out.splitlines()
-    assert (one, three) == ("one two thr", "three four five")
-    assert other.startswith("[5]")
+    other = write("[5]", rhyming, max_new_tokens=8, temperature=0)
+    assert out == f"one two thr\n{other}\nthree four five\n"
     assert err.splitlines() == [f"--- prompt {number} of 3" for number in (1, 2, 3)]
 
 
-def test_samples_are_what_their_seeds_give_alone(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [f"--ckpt_path={trained}", "--prompt=one", "--max_new_tokens=12", "--temperature=3"]
+def test_samples_are_what_their_seeds_give_alone(rhyming: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [f"--ckpt_path={rhyming}", "--prompt=one", "--max_new_tokens=12", "--temperature=99", "--top_k=3"]
     main([*flags, "--num_samples=3", "--seed=7"])
     out, err = capsys.readouterr()
+    alone = []
     for seed in (7, 8, 9):
         main([*flags, f"--seed={seed}"])
-    assert capsys.readouterr().out == out
-    assert len(set(out.split("\n")[:-1])) == 3
+        alone.append(capsys.readouterr().out)
+    assert "".join(alone) == out
+    assert len(set(alone)) == 3
     assert err.splitlines() == [f"--- sample {number} of 3" for number in (1, 2, 3)]
 
 
-def test_text_comes_as_it_is_made_and_other_samples_wait_for_their_turn(trained: Path) -> None:
-    pieces = list(Writer(trained).stream("one", Settings(max_new_tokens=5, temperature=0, num_samples=2)))
+def test_text_comes_as_it_is_made_and_other_samples_wait_for_their_turn(rhyming: Path) -> None:
+    pieces = list(Writer(rhyming).stream("one", Settings(max_new_tokens=5, temperature=0, num_samples=2)))
     assert pieces == [(0, "one "), *[(0, letter) for letter in "two "], (1, "one two ")]
 
 
@@ -85,43 +82,38 @@ def test_text_comes_as_it_is_made_and_other_samples_wait_for_their_turn(trained:
     ("stops", "expected"),
     [(["four"], "one two three "), (["xyz", "e f"], "one two thre"), (["zzz"], "one two three four")],
 )
-def test_a_stop_text_ends_what_is_written_and_is_not_shown(trained: Path, stops: list[str], expected: str) -> None:
-    assert write("one two th", trained, max_new_tokens=8, temperature=0, stop=stops) == expected
+def test_a_stop_text_ends_what_is_written_and_is_not_shown(rhyming: Path, stops: list[str], expected: str) -> None:
+    assert write("one two th", rhyming, max_new_tokens=8, temperature=0, stop=stops) == expected
 
 
-def test_a_document_ends_where_the_model_ends_it(trained: Path, tmp_path: Path) -> None:
-    content = torch.load(trained, weights_only=True)
-    weight = content["state_dict"]["token_embedding.weight"]
-    weight[0xFF] = 100 * content["state_dict"]["final_norm.bias"].sign() + weight[0xFF]
-    content["state_dict"]["final_norm.bias"] *= 100
-    torch.save(content, tmp_path / "ending.pt")
-    assert write("one", tmp_path / "ending.pt", temperature=0) == "one"
+def test_a_document_ends_where_the_model_ends_it(rhyming: Path, tmp_path: Path) -> None:
+    assert write("one", always(0xFF, rhyming, tmp_path / "ending.pt"), temperature=0) == "one"
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_tail_and_says_so(
-    trained: Path, capsys: pytest.CaptureFixture[str]
+    rhyming: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([f"--ckpt_path={trained}", f"--prompt={'x' * 30}seven. one two t", *GREEDY])
+    main([f"--ckpt_path={rhyming}", f"--prompt={'x' * 30}seven. one two t", *GREEDY])
     out, err = capsys.readouterr()
     assert out == f"{'x' * 30}seven. one two three fou\n"
     assert err == "the prompt has 46 tokens: the model sees the last 16, its context\n"
 
 
 def test_without_a_prompt_each_line_of_the_input_is_one(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rhyming: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("one two\n\nthree f\n"))
-    main([f"--ckpt_path={trained}", *GREEDY])
+    main([f"--ckpt_path={rhyming}", *GREEDY])
     assert capsys.readouterr() == ("one two three f\nthree four five\n", "")
 
 
 def test_in_a_terminal_a_prompt_is_asked_for(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rhyming: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     terminal = io.StringIO("one two\n")
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stdin", terminal)
-    main([f"--ckpt_path={trained}", *GREEDY])
+    main([f"--ckpt_path={rhyming}", *GREEDY])
     assert capsys.readouterr() == ("one two three f\n", "> > ")
 
 
@@ -175,21 +167,21 @@ def test_a_mistake_is_one_line(flag: str, message: str, workdir: Path, capsys: p
 
 @pytest.mark.parametrize("stdin", [io.StringIO(""), None], ids=["empty", "closed"])
 def test_no_prompt_at_all_is_refused(
-    stdin: io.StringIO | None, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stdin: io.StringIO | None, rhyming: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(SystemExit):
-        main([f"--ckpt_path={trained}"])
+        main([f"--ckpt_path={rhyming}"])
     message = "error: there is no prompt: give --prompt, --prompt_file, or lines to standard input\n"
     assert capsys.readouterr() == ("", message)
 
 
-def test_a_prompt_that_is_no_text_is_refused(trained: Path, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_that_is_no_text_is_refused(rhyming: Path, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tokenizers")
     bpe = train_bpe(iter([RHYME]), 256 + 1)
-    content = torch.load(trained, weights_only=True)
+    content = torch.load(rhyming, weights_only=True)
     torch.save({**content, "tokenizer": bpe.dump()}, "bpe.pt")
-    for path in (str(trained), "bpe.pt"):
+    for path in (str(rhyming), "bpe.pt"):
         with pytest.raises(SystemExit):
             main([f"--ckpt_path={path}", "--prompt=a\udcff"])
         assert capsys.readouterr() == ("", "error: prompt='a\\udcff' is not UTF-8 text\n")
