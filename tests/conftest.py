@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -24,6 +25,10 @@ SMALL_FLAGS = [f"--model.{name}={size}" for name, size in SMALL.items()] + ["--d
 RHYME = "one two three four five six seven. "
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True, scope="session")
