@@ -24,12 +24,12 @@ def train(data: DummyData, attention: bool = True, max_epochs: int = 7) -> float
     model = LanguageModel(
         **sizes,
         embed_dim=32,
-        num_heads=2,
+        num_heads=4,
         num_layers=1,
         hidden_dim=128,
         learning_rate=1e-2,
         weight_decay=0.0,
-        plateau_patience=0,
+        schedule="cosine",
     )
     if not attention:
         for block in model.transformer.blocks:
