@@ -159,6 +159,7 @@ def test_a_save_that_fails_at_a_signal_is_an_error(
 def test_an_exception_in_the_closing_validation_leaves_the_last_checkpoint_as_it_is(
     slm: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    slm(*SMALL, "--trainer.max_epochs=1")
     kept = []
     original = LanguageModel.validation_step
 
@@ -170,8 +171,9 @@ def test_an_exception_in_the_closing_validation_leaves_the_last_checkpoint_as_it
 
     monkeypatch.setattr(LanguageModel, "validation_step", failing)
     with pytest.raises(KeyError):
-        slm(*SMALL, "--model.learning_rate=0.3", "--trainer.max_epochs=5")
+        slm("--ckpt_path=last", "--trainer.max_epochs=2", "--model.learning_rate=1")  # which spoils it
     assert [LAST.read_bytes()] == kept
+    assert read_checkpoint(LAST.with_name("best.ckpt"))["global_step"] < read_checkpoint(LAST)["global_step"]
 
 
 def test_an_exception_says_what_is_kept(
