@@ -90,6 +90,14 @@ SETTINGS = {
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every point that is purged
 if os.environ.get("STRESS_INEXACT"):
     ExactResume.on_load_checkpoint = Callback.on_load_checkpoint  # type: ignore[method-assign]
+if os.environ.get("STRESS_SLOW_SAVES"):
+    fsync = os.fsync
+
+    def slow_fsync(descriptor: int) -> None:
+        time.sleep(0.2)
+        fsync(descriptor)
+
+    os.fsync = slow_fsync
 
 
 class Trace(Callback):

@@ -86,7 +86,7 @@ def wait(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
 
 
 def test_signals_that_come_while_it_saves_leave_a_sound_checkpoint(tmp_path: Path) -> None:
-    process = start(tmp_path, *first_command(SETTINGS["30 MB"]))
+    process = start(tmp_path, *first_command(SETTINGS["30 MB"]), STRESS_SLOW_SAVES="1")
     wait(process, lambda: step_of(tmp_path) >= 8)
     os.killpg(process.pid, signal.SIGTERM)
     wait(process, lambda: bool(stress.leftovers(tmp_path)))
