@@ -142,6 +142,18 @@ class Trace(Callback):
 # ---- processes
 
 
+@contextmanager
+def default_signals(*signums: signal.Signals) -> Iterator[None]:
+    """Let these signals end this process and its children; a job in the background, or under nohup, ignores some."""
+    own = {signal.SIGINT: signal.default_int_handler}
+    before = {signum: signal.signal(signum, own.get(signum, signal.SIG_DFL)) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def start(folder: Path, *argv: str, limit: Callable[[], None] | None = None, **env: str) -> subprocess.Popen[str]:
     """The real command, in a session of its own: a terminal, or a scheduler, signals its workers too.
 
@@ -500,7 +512,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     arguments = parser.parse_args(argv)
     rng = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (
+        default_signals(signal.SIGINT),
+        tempfile.TemporaryDirectory() as temporary,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
         stress = Stress(Path(temporary))
         stress.damaged("validations", rng)
         for trial in [pool.submit(*trial) for trial in islice(trials(stress, rng), arguments.trials)]:

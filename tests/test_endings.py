@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import stress
 from conftest import SMALL_FLAGS
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from stress import LAST, SETTINGS, finish, first_command, start, step_of
+from stress import LAST, SETTINGS, default_signals, finish, first_command, start, step_of
 
 from slm.checkpoint import read_checkpoint
 from slm.endings import ends_in_one_line
@@ -21,6 +21,12 @@ from slm.errors import NotWrittenError
 from slm.keeper import LastCheckpoint, Stopped
 from slm.module import LanguageModel
 from slm.resume import ExactResume
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    with default_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        yield
 
 
 def exit_status(ending: Callable[[], object]) -> object:
