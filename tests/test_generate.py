@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RHYME
+from conftest import RHYME, small_model
 
 import slm
 from slm.documents import read_documents
@@ -26,14 +26,15 @@ def numbers(rhyming: Path, workdir: Path) -> str:
     return "--ckpt_path=numbers.pt"
 
 
-def always(token: int, rhyming: Path, path: Path) -> Path:
-    """Weights after which every token is this one: their hidden state is 1 everywhere, whatever they see."""
-    content = torch.load(rhyming, weights_only=True)
-    state = content["state_dict"]
-    state["final_norm.weight"].zero_()
-    state["final_norm.bias"].fill_(1.0)
-    state["token_embedding.weight"][token] = state["token_embedding.weight"].max() + 1
-    torch.save(content, path)
+def made_by_hand(written: bytes, path: Path) -> Path:
+    """Weights that put these bytes after the first token, the second, and so on: all that counts is the position."""
+    model = small_model(vocab_size=256)
+    state = {name: torch.zeros_like(value) for name, value in model.transformer.state_dict().items()}
+    state["final_norm.weight"] += 1.0
+    state["position_embedding.weight"] += 100.0 * torch.eye(16)
+    for position, byte in enumerate(written):
+        state["token_embedding.weight"][byte, position] = 10.0
+    torch.save({"hyper_parameters": dict(model.hparams), "tokenizer": "bytes", "state_dict": state}, path)
     return path
 
 
@@ -42,7 +43,7 @@ def test_a_model_writes_what_it_learned(rhyming: Path, tmp_path: Path, capsys: p
     assert slm.write is write
     main([f"--ckpt_path={rhyming}", "--prompt=one two three f", *GREEDY])
     assert capsys.readouterr() == ("one two three four five\n", "")
-    assert write(ckpt_path=always(ord("a"), rhyming, tmp_path / "a.pt"), max_new_tokens=5) == "aaaaa"
+    assert write(ckpt_path=made_by_hand(b"a text", tmp_path / "a.pt"), max_new_tokens=5) == "a tex"
 
 
 def test_what_is_written_past_the_context_still_follows_the_rhyme(rhyming: Path) -> None:
@@ -86,8 +87,8 @@ def test_a_stop_text_ends_what_is_written_and_is_not_shown(rhyming: Path, stops:
     assert write("one two th", rhyming, max_new_tokens=8, temperature=0, stop=stops) == expected
 
 
-def test_a_document_ends_where_the_model_ends_it(rhyming: Path, tmp_path: Path) -> None:
-    assert write("one", always(0xFF, rhyming, tmp_path / "ending.pt"), temperature=0) == "one"
+def test_a_document_ends_where_the_model_ends_it(tmp_path: Path) -> None:
+    assert write("one", made_by_hand(b"ne two\xffthree", tmp_path / "ending.pt"), temperature=0) == "one two"
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_tail_and_says_so(
