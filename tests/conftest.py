@@ -131,8 +131,8 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def run_command(*argv: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """A real process of this interpreter."""
+    """A real process of this interpreter, which may take its time on a slow machine, but not hang."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(
-        [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
