@@ -24,7 +24,7 @@ def window_after(tokens: list[int], num_given: int, max_seq_len: int) -> list[in
 def network(max_seq_len: int = 16) -> Transformer:
     transformer = small_model(max_seq_len=max_seq_len, num_layers=2).transformer.eval()
     for parameter in transformer.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)  # biases and norms count too
+        parameter.data += 0.3 * torch.randn_like(parameter)  # biases, norms and what is attended to count too
     return transformer
 
 
