@@ -224,7 +224,6 @@ class CommandLine(LightningCLI):
         self.run = trainer.strategy.broadcast(self.run)
         done_before = (self.request.content or {}).get("global_step")
         if self.is_new_run and trainer.global_step == 0:
-            self._drop_new_run()
             raise InputError("no step was trained: ask for one with --trainer.max_epochs, max_steps or max_time")
         if trainer.global_step == done_before:
             if self.is_new_run:

@@ -56,7 +56,7 @@ def check_trainer(asked: Mapping[str, Any]) -> None:
     for name, least in AT_LEAST.items():
         value = asked[name]
         is_fine = value is None or least <= value < math.inf  # NaN is not
-        check(is_fine, f"trainer.{name}={value} must be a finite number of at least {least}")
+        check(is_fine, f"trainer.{name}={value} must be at least {least}, and finite")
     interval = asked["val_check_interval"]
     is_fine = not isinstance(interval, int | float) or 0 < interval <= 1 or (isinstance(interval, int) and interval > 1)
     rule = "must be a whole number of batches, at least 1, or a share of an epoch above 0 and at most 1"

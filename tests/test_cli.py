@@ -312,7 +312,10 @@ def test_a_callback_and_a_logger_of_the_users_join_the_projects(slm: Run, workdi
         (["--data.source=zipf"], "data.source=zipf: expected one of 'markov', 'uniform'"),
         (["--data=Foo"], "data=Foo: there is no such class; give DummyData or TextData"),
         (["--trainer.logger=Foo"], "trainer.logger=Foo: there is no such class"),
-        (["--trainer.max_epochs"], "--trainer.max_epochs: expected one argument"),
+        (["--trainer.max_epochs"], "trainer.max_epochs needs a value"),
+        (["--data.seed", "-x"], "data.seed needs a value: one that begins with a dash is given as --data.seed=-x"),
+        (["--data.path", "-t.txt"], "data.path needs a value: one that begins with a dash is given as --data.path=-t"),
+        (["--data.path=caf\udce9.txt"], "b'--data.path=caf\\xe9.txt' is not UTF-8: rename the file"),
         (["--model.embed_dim=130"], "embed_dim=130 is not divisible by num_heads=4"),
         (["--model.num_layers=0"], "num_layers=0 must be at least 1"),
         (["--model.dropout=1"], "dropout=1.0 must be at least 0 and below 1"),
@@ -334,7 +337,29 @@ def test_a_callback_and_a_logger_of_the_users_join_the_projects(slm: Run, workdi
         (["--model.max_seq_len=0"], "max_seq_len=0 must be at least 1"),
         (["--trainer.accelerator=foo"], "invalid accelerator name"),
         (["--trainer.accelerator=tpu"], "torch_xla"),
-        (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches must be at least 1"),
+        (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0 must be at least 1"),
+        (
+            ["--trainer.val_check_interval=0"],
+            "trainer.val_check_interval=0 must be a whole number of batches",
+        ),
+        (
+            ["--trainer.val_check_interval=-2"],
+            "trainer.val_check_interval=-2 must be a whole number of batches",
+        ),
+        (["--trainer.val_check_interval=1.5"], "trainer.val_check_interval=1.5 must be a whole number of batches"),
+        (["--trainer.val_check_interval=0.0"], "trainer.val_check_interval=0.0 must be a whole number of batches"),
+        (["--trainer.val_check_interval={seconds: -1}"], "trainer.val_check_interval={'seconds': -1} must be longer"),
+        (["--trainer.max_time={hours: -1}"], "trainer.max_time={'hours': -1} must be longer than no time"),
+        (["--trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch=0 must be at least 1"),
+        (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1 must be at least 0"),
+        (["--trainer.gradient_clip_val=.nan"], "trainer.gradient_clip_val=nan must be at least 0, and finite"),
+        (["--trainer.max_epochs=-2"], "trainer.max_epochs=-2 must be at least -1"),
+        (["--trainer.max_steps=-2"], "trainer.max_steps=-2 must be at least -1"),
+        (["--trainer.min_epochs=-1"], "trainer.min_epochs=-1 must be at least 0"),
+        (["--trainer.log_every_n_steps=-1"], "trainer.log_every_n_steps=-1 must be at least 0"),
+        (["--trainer.num_sanity_val_steps=-2"], "trainer.num_sanity_val_steps=-2 must be at least -1"),
+        (["--trainer.limit_train_batches=-1"], "trainer.limit_train_batches=-1 must be at least 0"),
+        (["--trainer.overfit_batches=-0.5"], "trainer.overfit_batches=-0.5 must be at least 0"),
         (["--trainer.val_check_interval=5000"], "val_check_interval"),
         (["--seed_everything=-1"], "seed_everything=-1 must be at least 0"),
         (["--trainer.devices=abc"], "devices"),
@@ -434,3 +459,31 @@ def test_an_exception_that_is_a_bug_keeps_its_traceback(slm: Run, monkeypatch: p
     monkeypatch.setattr("slm.module.LanguageModel.training_step", broken)
     with pytest.raises(ValueError, match="a bug"):
         slm(*SMALL)
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+def test_the_settings_that_a_command_prints_it_takes_back(
+    subcommand: str, slm: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slm(*SMALL)
+    evaluates = [] if subcommand == "fit" else ["--ckpt_path=best"]
+    for given in (SMALL, ["--ckpt_path=last"]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main([subcommand, *given, "--print_config"])
+        Path("printed.yaml").write_text(capsys.readouterr().out)
+        with pytest.raises(SystemExit):
+            main([subcommand, "--config=printed.yaml", *evaluates, "--print_config"])
+        again = capsys.readouterr().out
+        assert [line for line in again.splitlines() if "ckpt_path" not in line] == [
+            line for line in Path("printed.yaml").read_text().splitlines() if "ckpt_path" not in line
+        ]
+    slm(subcommand, "--config=printed.yaml", *evaluates)
+
+
+@pytest.mark.parametrize("flag", ["max_epochs=0", "max_steps=0", "limit_train_batches=0", "max_time=00:00:00:00"])
+def test_a_run_in_which_nothing_is_trained_is_refused_and_leaves_nothing(flag: str, slm: Run) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        slm(*SMALL, f"--trainer.{flag}")
+    assert exit_info.value.code == 2
+    assert list(Path("runs").iterdir()) == []

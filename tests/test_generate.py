@@ -156,6 +156,7 @@ def test_what_is_no_number_of_a_token_is_refused(
         ("--prompt_file=none.txt", "error: prompt_file=none.txt cannot be read: No such file"),
         ("--tmperature=1", "error: unknown setting tmperature; the nearest known one is temperature"),
         ("--seed=x", "error: seed=x: expected "),
+        ("--prompt", "error: prompt needs a value"),
     ],
 )
 def test_a_mistake_is_one_line(flag: str, message: str, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,20 +207,20 @@ def test_a_prompt_file_that_is_no_text_is_refused(workdir: Path, capsys: pytest.
     ],
 )
 def test_a_prompt_file_is_the_text_that_training_sees(
-    name: str, content: bytes, text: str, trained: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+    name: str, content: bytes, text: str, rhyming: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path(name).write_bytes(content)
     assert "".join(block.text for block in read_documents(look_at(Path(name)), "text", "strict")) == text
-    main([f"--ckpt_path={trained}", f"--prompt_file={name}", *GREEDY])
-    assert capsys.readouterr().out == write(text, trained, max_new_tokens=8, temperature=0) + "\n"
+    main([f"--ckpt_path={rhyming}", f"--prompt_file={name}", *GREEDY])
+    assert capsys.readouterr().out == write(text, rhyming, max_new_tokens=8, temperature=0) + "\n"
 
 
 @pytest.mark.skipif(not Path("/dev/fd").exists(), reason="a shell there has no <(command)")
-def test_a_prompt_file_may_be_a_pipe(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_file_may_be_a_pipe(rhyming: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reader, writer = os.pipe()
     os.write(writer, b"one two")
     os.close(writer)
-    main([f"--ckpt_path={trained}", f"--prompt_file=/dev/fd/{reader}", *GREEDY])
+    main([f"--ckpt_path={rhyming}", f"--prompt_file=/dev/fd/{reader}", *GREEDY])
     os.close(reader)
     assert capsys.readouterr().out == "one two three f\n"
 
@@ -245,11 +246,18 @@ def test_a_prompt_file_that_training_would_refuse_is_refused(
 
 
 def test_lines_of_the_input_end_at_their_line_break_alone(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rhyming: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = "\ufeffone\rtwo\r\n\r\nthree \r\r\nfour\x85\u2028\r".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
-    main([f"--ckpt_path={trained}", *GREEDY])
+    main([f"--ckpt_path={rhyming}", *GREEDY])
     prompts = ["one\rtwo", "three \r", "four\x85\u2028\r"]
-    expected = [write(prompt, trained, max_new_tokens=8, temperature=0) + "\n" for prompt in prompts]
+    expected = [write(prompt, rhyming, max_new_tokens=8, temperature=0) + "\n" for prompt in prompts]
     assert capsys.readouterr().out == "".join(expected)
+
+
+def test_a_value_that_begins_with_a_dash_is_shown_as_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--seed=1", "--prompt", "--the"])
+    line = "error: prompt needs a value: one that begins with a dash is given as --prompt=--the\n"
+    assert capsys.readouterr().err == line

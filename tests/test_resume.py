@@ -1,7 +1,10 @@
 """Runs that go on: which checkpoint, which folder, which settings; and models that are loaded back."""
 
+import errno
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -529,6 +532,60 @@ def test_a_checkpoint_path_is_resolved_alike_everywhere(trained: Path) -> None:
     assert resolve_checkpoint(LAST) == LAST
     with pytest.raises(InputError, match="there is no run under"):
         newest_run(Path("elsewhere"))
+
+
+@pytest.mark.parametrize("asked", ["best", "last"])
+def test_where_nothing_is_to_be_trained_the_newest_run_that_has_such_a_checkpoint_is_meant(
+    asked: str, trained: Path, slm: Run
+) -> None:
+    Path("runs/version_1").mkdir()
+    said = slm("validate", f"--ckpt_path={asked}")
+    assert f"runs/version_1 has no checkpoints/{asked}.ckpt: {RUN} is the newest run that has one" in said
+    assert said.count("runs/version_1") == 1
+
+
+def test_without_any_such_checkpoint_that_is_said(workdir: Path, refused: Run) -> None:
+    Path("runs/version_0").mkdir(parents=True)
+    assert "has checkpoints/best.ckpt: train one longer" in refused("validate", "--ckpt_path=best")
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_gone_on_on_and_named(
+    code: int, slm: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("slm.durable.fcntl.lockf", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    Path("a.txt").write_text("one two three " * 200)
+    small = [flag for flag in SMALL if "num_tokens" not in flag]
+    said = slm(*small, "--data=TextData", "--data.path=a.txt", "--model.vocab_size=256", "--trainer.max_steps=1")
+    assert f"cache/slm cannot be locked ({os.strerror(code)})" in said
+    assert f"{RUN} cannot be locked ({os.strerror(code)}): let nothing else write there at the same time" in said
+    assert LAST.is_file()
+
+
+def test_whatever_goes_wrong_before_the_first_step_leaves_no_run(slm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("a bug")
+
+    for place in ("slm.cli.hold", "slm.cli.begin", "slm.cli.trainer_arguments", "slm.module.LanguageModel.setup"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fail)
+            with pytest.raises(KeyError):
+                slm(*SMALL)
+        assert list(Path("runs").iterdir()) == [], place
+
+
+def test_a_signal_before_the_first_step_leaves_no_run(slm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("slm.cli.begin", "slm.cli.trainer_arguments"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(SystemExit) as exit_info:
+                slm(*SMALL)
+        assert exit_info.value.code == 128 + signal.SIGTERM
+        assert list(Path("runs").iterdir()) == [], place
 
 
 def test_a_run_that_another_process_trains_is_left_alone(trained: Path, refused: Run) -> None:
