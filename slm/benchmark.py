@@ -25,9 +25,10 @@ from slm.arguments import SUBCOMMANDS
 from slm.cli import CommandLine
 from slm.endings import ends_in_one_line
 from slm.errors import check
-from slm.hardware import compile_mode, keep_freed_memory
+from slm.hardware import compile_mode, fast_dtype, keep_freed_memory
 from slm.loss import linear_cross_entropy
 from slm.notices import say, silence_notices
+from slm.optimizer import build_optimizer, matmul_flops
 from slm.peers import STEPS, Turns, train_in_turns
 
 ROUNDS, SWEEP_ROUNDS = 9, 3
@@ -36,6 +37,8 @@ AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
 Measured = tuple[dict[str, "Contestant"], dict[str, Any], list[float]]
 MATMUL_SIZE = {"cpu": 2048}
 MATMUL_SIZE_ON_A_GPU = 8192
+LONGEST_PRODUCTS = 2.0
+"""Seconds after which no further one is timed: in bf16 without instructions for it, one takes so long."""
 
 
 def flops_per_step(sizes: Mapping[str, int]) -> int:
@@ -60,7 +63,15 @@ class MeasuredTrainer(CommandLine):
         is_known = plugin.precision in ("32-true", *AUTOCAST)
         check(is_known, f"trainer.precision={plugin.precision}: the other loops know 32-true, bf16-mixed and 16-mixed")
         sizes = {**self.model.hparams, "batch_size": self.datamodule.hparams["batch_size"]}
-        facts = {"precision": plugin.precision, "device": self.trainer.strategy.root_device.type, "sizes": sizes}
+        device = self.trainer.strategy.root_device
+        fast = str(fast_dtype(device)).removeprefix("torch.")
+        facts: dict[str, Any] = {
+            "precision": plugin.precision,
+            "device": device.type,
+            "sizes": sizes,
+            "fast_dtype": fast,
+        }
+        facts["optimizer_flops"] = matmul_flops(build_optimizer(self.model.transformer, self.model.hparams, fused=True))
         self.trainer.callbacks.append(_Clock(facts))  # type: ignore[attr-defined]
 
 
@@ -100,26 +111,39 @@ class Contestant:
     Attributes:
         first: what it says of itself after its first round, which does not count.
         milliseconds: of a step, in each round.
+        optimizer_milliseconds: of the optimizer's part of it, where that is measured.
         memory: its peak so far, in GB.
+
+    Args:
+        argv: the module that is run, and its arguments.
+        is_quiet: whether what it says on stderr is shown only where it ends too soon.
     """
 
-    def __init__(self, *argv: str) -> None:
+    def __init__(self, *argv: str, is_quiet: bool = False) -> None:
+        self._said = tempfile.TemporaryFile() if is_quiet else None  # noqa: SIM115 - it lives as long as the process
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
         )
         self.first = self._answer()
         self.milliseconds: list[float] = []
+        self.optimizer_milliseconds: list[float] = []
 
     def train_a_round(self) -> None:
         assert self.process.stdin is not None
         print(file=self.process.stdin, flush=True)
-        self.milliseconds.append(self._answer()["ms"])
+        answer = self._answer()
+        self.milliseconds.append(answer["ms"])
+        if "optimizer_ms" in answer:
+            self.optimizer_milliseconds.append(answer["optimizer_ms"])
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.startswith("{"):  # what it was asked for instead, as by --help; or nothing, and it has said why
             print(line, self.process.stdout.read(), sep="", end="")
+            if self._said is not None:
+                self._said.seek(0)
+                print(self._said.read().decode(errors="replace"), file=sys.stderr, end="")
             sys.exit(self.process.wait() or int(not line))
         answer: dict[str, Any] = json.loads(line)
         self.memory = answer["memory"]
@@ -135,8 +159,8 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """What this machine reaches in one large matrix product, in FLOP/s."""
     size = MATMUL_SIZE.get(device, MATMUL_SIZE_ON_A_GPU)
     matrix = torch.randn(size, size, device=device, dtype=dtype)
-    times = []
-    for _ in range(4):
+    times: list[float] = []
+    while len(times) < 4 and sum(times) < LONGEST_PRODUCTS:
         start = time.perf_counter()
         product = matrix @ matrix
         product[0, 0].item()
@@ -158,10 +182,10 @@ def measure(flags: list[str], rounds: int, with_peers: bool) -> Measured:
             if with_peers:
                 autocast = AUTOCAST.get(facts["precision"])
                 settings = json.dumps({**facts["sizes"], "device": facts["device"], "autocast": autocast})
-                contestants[BARE] = Contestant("slm.benchmark", BARE, *argv)
-                contestants[TEACHING] = Contestant("slm.peers", TEACHING, settings)
-                if importlib.util.find_spec("transformers"):
-                    contestants[HUGGING_FACE] = Contestant("slm.peers", HUGGING_FACE, settings)
+                contestants[BARE] = Contestant("slm.benchmark", BARE, *argv, is_quiet=True)
+                peers = [TEACHING, *([HUGGING_FACE] if importlib.util.find_spec("transformers") else [])]
+                for name in peers:
+                    contestants[name] = Contestant("slm.peers", name, settings, is_quiet=True)
             dtype = getattr(torch, AUTOCAST.get(facts["precision"], "float32"))
             rates = []
             for number in range(rounds):
@@ -185,7 +209,8 @@ def table(contestants: Mapping[str, Contestant], facts: Mapping[str, Any], rates
     yield "|---|---|---|---|---|---|"
     for name, contestant in contestants.items():
         low, median, high = statistics.quantiles(contestant.milliseconds, n=4, method="inclusive")
-        share = flops / (median / 1e3) / rate
+        products = flops + (facts["optimizer_flops"] if name in (OURS, BARE) else 0)
+        share = products / (median / 1e3) / rate
         yield (
             f"| {name} | {median:.1f} ({low:.1f} to {high:.1f}) | {tokens / median * 1e3:,.0f} | {share:.0%} "
             f"| {contestant.memory:.2f} GB | {median / ours:.2f} |"
@@ -195,16 +220,28 @@ def table(contestants: Mapping[str, Contestant], facts: Mapping[str, Any], rates
 def explanation(contestants: Mapping[str, Contestant], facts: Mapping[str, Any], rates: list[float]) -> str:
     """One paragraph on what the figures mean and what to change."""
     sizes = facts["sizes"]
-    flops, rate = flops_per_step(sizes), statistics.median(rates)
+    optimizer_flops = facts["optimizer_flops"]
+    flops, rate = flops_per_step(sizes) + optimizer_flops, statistics.median(rates)
     head = 6 * sizes["vocab_size"] * sizes["embed_dim"] * sizes["batch_size"] * sizes["max_seq_len"] / flops
     ours, bare = (statistics.median(contestants[name].milliseconds) for name in (OURS, BARE))
     pairs = zip(contestants[OURS].milliseconds, contestants[BARE].milliseconds, strict=True)
     overhead = statistics.median(one / other - 1 for one, other in pairs)
+    optimizer = ""
+    if optimizer_flops and (times := contestants[BARE].optimizer_milliseconds):
+        fastest = matmul_rate(facts["device"], getattr(torch, facts["fast_dtype"]))
+        took = statistics.median(times)
+        optimizer = (
+            f"The optimizer's step, {optimizer_flops / 1e9:.1f} GFLOP of these in {facts['fast_dtype']}, takes "
+            f"{took:.1f} ms, {optimizer_flops / (took / 1e3) / fastest:.0%} of the matmul rate in that type. "
+        )
+    is_alike = sizes["optimizer"] == "adamw" and not sizes["dropout"]
+    others = "" if is_alike else "The other loops train with AdamW and without dropout. "
     return (
         f"A step is {flops / 1e9:.1f} GFLOP, {head:.0%} of them in the output layer (vocab_size), and this machine "
         f"multiplies large matrices at {rate / 1e9:,.0f} GFLOP/s in {facts['precision']}: at that rate a step would "
         f"take {flops / rate * 1e3:.1f} ms and takes {ours:.1f}. The Trainer, with bar, curves and checkpoints, costs "
-        f"{overhead:+.1%} over the bare loop's {bare:.1f} ms (median of the rounds' ratios). Where the share of the "
+        f"{overhead:+.1%} over the bare loop's {bare:.1f} ms (median of the rounds' ratios). "
+        f"{optimizer}{others}Where the share of the "
         "matmul rate is low, the matrices are too small for this machine: a larger batch_size or embed_dim costs less "
         "than it adds, and --model.compile true joins the small operations between them."
     )
@@ -215,7 +252,7 @@ def sweep(name: str, values: str, flags: list[str]) -> Iterator[str]:
     header = [f"| {name} | ms/step | GFLOP/step | share of the matmul rate | peak memory |", "|---|---|---|---|---|"]
     for value in values.split(","):
         contestants, facts, rates = measure([*flags, f"--{name}={value}"], SWEEP_ROUNDS, with_peers=False)
-        ours, flops = contestants[OURS], flops_per_step(facts["sizes"])
+        ours, flops = contestants[OURS], flops_per_step(facts["sizes"]) + facts["optimizer_flops"]
         median = statistics.median(ours.milliseconds)
         share = flops / (median / 1e3) / statistics.median(rates)
         while header:

@@ -119,6 +119,17 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return x.mT if is_tall else x
 
 
+def matmul_flops(optimizer: torch.optim.Optimizer) -> int:
+    """Floating-point operations of the matrix products in a step of an optimizer: Muon's, none in any other."""
+    if not isinstance(optimizer, MuonWithAdamW):
+        return 0
+    flops = 0
+    for matrices in optimizer.param_groups[0]["params"]:
+        m, n = sorted(matrices.shape[-2:])
+        flops += matrices.numel() // (m * n) * ITERATIONS * (4 * m * m * n + 2 * m**3)
+    return flops
+
+
 def cosine_rate(step: int, num_steps: int, hparams: Mapping[str, Any]) -> float:
     """Learning rate of the step with this number: linear warm-up, then half a cosine (Loshchilov and Hutter, 2017)."""
     peak, warmup, end = (hparams[name] for name in ("learning_rate", "warmup_steps", "min_learning_rate"))

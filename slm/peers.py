@@ -7,8 +7,10 @@ import contextlib
 import json
 import os
 import resource
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -97,6 +99,8 @@ def hugging_face(sizes: dict[str, int], device: torch.device) -> tuple[nn.Module
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     model: nn.Module = GPT2LMHeadModel(config)
     model.to(device)
@@ -110,8 +114,12 @@ def train_in_turns(
     batch_of: Callable[[], tuple[Tensor, Tensor]],
     autocast: torch.dtype | None,
 ) -> None:
-    """A plain training loop with clipping, as every script has one, for as long as rounds are asked for."""
+    """A plain training loop with clipping, as every script has one, for as long as rounds are asked for.
+
+    On a CPU, which does not run ahead, it also tells how long the optimizer's steps took.
+    """
     turns, device = Turns(), next(model.parameters()).device
+    times: deque[float] = deque(maxlen=STEPS)
     while True:
         tokens, targets = (part.to(device) for part in batch_of())
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
@@ -119,8 +127,10 @@ def train_in_turns(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        start = time.perf_counter()
         optimizer.step()
-        turns.after_step(device)
+        times.append((time.perf_counter() - start) * 1e3)
+        turns.after_step(device, {"optimizer_ms": statistics.median(times)} if device.type == "cpu" else {})
 
 
 def main(name: str, settings: str) -> None:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slm.benchmark import flops_per_step, main
 from slm.module import LanguageModel
+from slm.optimizer import build_optimizer, matmul_flops
 from slm.peers import TeachingScript
 
 SIZES = {
@@ -34,6 +35,18 @@ def test_the_teaching_script_does_the_same_operations() -> None:
     with torch.device("meta"):
         model = TeachingScript(SIZES)
     assert flops_per_step({**SIZES, "batch_size": 5}) == pytest.approx(counted(model), rel=1e-6)
+
+
+@pytest.mark.parametrize(("optimizer", "has_products"), [("muon", True), ("adamw", False)])
+def test_the_operations_of_an_optimizer_are_those_that_torch_counts(optimizer: str, has_products: bool) -> None:
+    model = LanguageModel(**SIZES, optimizer=optimizer)
+    built = build_optimizer(model.transformer, model.hparams, fused=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with FlopCounterMode(display=False) as counter:
+        built.step()
+    assert matmul_flops(built) == int(counter.get_total_flops())
+    assert (matmul_flops(built) > 0) == has_products
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,14 @@ def test_16_mixed_stays_on_cuda_and_becomes_32_bit_on_mps() -> None:
     assert resolve_precision("16-mixed", "mps")[0] == "32-true"
 
 
-def test_another_precision_is_taken_as_asked() -> None:
+def test_another_precision_is_taken_as_asked_and_a_slow_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slm.hardware.has_native_bf16", lambda: True)
     assert resolve_precision("bf16-mixed", "cpu") == ("bf16-mixed", None)
+    monkeypatch.setattr("slm.hardware.has_native_bf16", lambda: False)
+    assert resolve_precision("64-true", "cpu") == ("64-true", None)
+    precision, said = resolve_precision("bf16-mixed", "cpu")
+    assert precision == "bf16-mixed"
+    assert "this CPU has no bf16 arithmetic" in str(said)
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the oracle is Linux's own list of flags")
