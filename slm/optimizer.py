@@ -85,6 +85,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def _step_matrices(self) -> None:
         group = self.param_groups[0]
         parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
         gradients = [p.grad for p in parameters]
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:

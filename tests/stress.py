@@ -55,6 +55,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slm.checkpoint import read_checkpoint
+from slm.endings import ends_in_one_line
 from slm.errors import InputError
 from slm.resume import ExactResume
 
@@ -532,4 +533,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ends_in_one_line():
+        sys.exit(main())

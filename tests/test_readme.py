@@ -21,6 +21,7 @@ TRAIN = [line for line in COMMANDS if line.startswith("python train.py")]
 OTHER = [line for line in COMMANDS if line not in SETUP + TRAIN]
 STRESS = "python -m tests.stress"
 BENCHMARK = "python -m slm.benchmark"
+RECIPE = f"{BENCHMARK} --config configs/small_text.yaml"
 SWEEPS = [line for line in OTHER if line.startswith(f"{BENCHMARK} --sweep ")]
 SHORTER = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
 SMALLER = [
@@ -47,7 +48,7 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
     run_in_order = [line for line in OTHER if module_of(line) is not None]
     assert len(run_in_order) >= 6
     left = [line for line in OTHER[2:-1] if line not in run_in_order]
-    assert left == [STRESS, GENERATE_BENCHMARK, BENCHMARK, *SWEEPS]
+    assert left == [STRESS, GENERATE_BENCHMARK, BENCHMARK, RECIPE, *SWEEPS]
     assert OTHER[-1].startswith("python -c ")
 
 
@@ -124,6 +125,16 @@ def test_the_benchmark_compares_with_its_bare_loop_and_the_teaching_script(workd
     assert rows["slm"] == "1.00"
     assert "A step is 0.0 GFLOP" in result.stdout
     assert list(workdir.iterdir()) == []
+
+
+def test_the_benchmark_takes_a_recipe_and_measures_its_optimizer(workdir: Path) -> None:
+    (workdir / "configs").symlink_to(ROOT / "configs")
+    result = run_command(*shlex.split(RECIPE)[1:], *SMALLER, cwd=workdir)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("| loop | ms/step")
+    assert re.search(r"The optimizer's step, 0\.0 GFLOP of these in (bfloat16|float32), takes [\d.]+ ms", result.stdout)
+    assert "The other loops train with AdamW and without dropout." in result.stdout
+    assert [path.name for path in workdir.iterdir()] == ["configs"]
 
 
 def test_the_speed_of_writing_is_measured_beside_hugging_face(workdir: Path) -> None:
