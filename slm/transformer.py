@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from slm.errors import InputError, check
 
 WRITTEN_OUT_UP_TO = 256
-"""Sequence length up to which attention on a CPU is written out.
+IN_32_BITS_UP_TO = 64
+"""Sequence length up to which attention on a CPU is written out; the latter in 32 bits, where nothing is dropped.
 
-Measured on two cores with AVX512-bf16 (torch 2.13), 4 heads of 32, 4,096 tokens, forward and backward in ms, written
-out against torch's fused kernel: bf16 10 and 26 at 128, 14 and 23 at 256, 82 and 39 at 1,024; fp32 12 and 14, 23 and
-19, 159 and 48. Beyond it the scores (B, H, T, T) would also take more memory than all the rest.
+Measured on two cores, 4,096 tokens, forward and backward in ms, written out against torch's fused kernel. With
+AVX512-bf16 (torch 2.13), 4 heads of 32, in bf16: 10 and 26 at 128, 14 and 23 at 256, 82 and 39 at 1,024. With AVX2
+alone, 8 heads of 32, in 32 bits: 14 and 15 at 64, 25 and 23 at 128, 75 and 36 at 256; with dropout 20 and 37, 43 and
+76, 119 and 171. Beyond 256 the scores (B, H, T, T) would also take more memory than all the rest.
 """
 
 
@@ -73,7 +75,8 @@ class CausalSelfAttention(nn.Module):
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Softmax of the scaled scores of each position with those up to it, times v; all (B, H, T, D / H)."""
-    if q.device.type != "cpu" or q.shape[-2] > WRITTEN_OUT_UP_TO:
+    longest = IN_32_BITS_UP_TO if q.dtype == torch.float32 and dropout == 0 else WRITTEN_OUT_UP_TO
+    if q.device.type != "cpu" or q.shape[-2] > longest:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     return drop(causal_weights(q, k), dropout) @ v
 

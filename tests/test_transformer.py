@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slm import transformer
 from slm.errors import InputError
@@ -169,12 +170,16 @@ def test_a_sequence_above_max_seq_len_is_refused_with_both_numbers() -> None:
         make()(torch.zeros(1, 13, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("seq_len", [1, 7, transformer.WRITTEN_OUT_UP_TO, transformer.WRITTEN_OUT_UP_TO + 1])
-def test_attention_written_out_equals_the_fused_kernel_in_value_and_gradients(seq_len: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seq_len", [1, 7, transformer.IN_32_BITS_UP_TO + 1, transformer.WRITTEN_OUT_UP_TO + 1])
+def test_attention_is_that_of_torch_in_value_and_gradients_however_it_is_computed(
+    seq_len: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    given = [torch.randn(2, 3, seq_len, 8, requires_grad=True) for _ in range(3)]
+    given = [torch.randn(2, 3, seq_len, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
     ours = transformer.causal_attention(*given, dropout=0.0)
-    fused = F.scaled_dot_product_attention(*given, is_causal=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        fused = F.scaled_dot_product_attention(*given, is_causal=True)
     torch.testing.assert_close(ours, fused, rtol=1e-5, atol=1e-6)
     direction = torch.randn_like(ours)
     for mine, other in zip(*(torch.autograd.grad(out, given, direction) for out in (ours, fused)), strict=True):
