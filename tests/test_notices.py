@@ -52,4 +52,4 @@ def test_every_logger_and_module_named_is_one_that_the_libraries_have() -> None:
     ],
 )
 def test_a_parser_error_becomes_one_line(message: str, expected: str) -> None:
-    assert explain_parser_error(message, {"model.embed_dim": "", "trainer.max_epochs": ""}) == expected
+    assert explain_parser_error(message, {"model.embed_dim": "", "trainer.max_epochs": ""}, []) == expected
