@@ -90,9 +90,9 @@ def read_request(argv: Sequence[str]) -> Request:
     _refuse_ignored(flags)
     request = Request(subcommand, flags)
     left, initial = _take_option(flags, "--init_from")
-    if subcommand == "fit" and not ckpt_paths and (requeued := requeued_run(_runs(flags))) is not None:
+    if subcommand == "fit" and (requeued := requeued_run(_runs(flags), argv)) is not None:
         say(f"the job was requeued: it goes on in {requeued}")
-        request.flags, ckpt_paths, initial = left, [str(requeued)], []  # its weights have moved on
+        request.flags, ckpt_paths, initial = left, [str(requeued / "checkpoints" / "last.ckpt")], []
     others = "--ckpt_path" if ckpt_paths else subcommand if subcommand != "fit" else ""
     if initial:
         remedy = f"leave it out, {others} " + ("goes on with one" if ckpt_paths else "needs --ckpt_path")

@@ -25,7 +25,7 @@ from slm.arguments import SUBCOMMANDS
 from slm.cli import CommandLine
 from slm.endings import ends_in_one_line
 from slm.errors import check
-from slm.hardware import compile_mode, fast_dtype, keep_freed_memory
+from slm.hardware import compile_mode, fast_dtype, keep_freed_memory, tell_compiled_code_by_its_vectors
 from slm.loss import linear_cross_entropy
 from slm.notices import say, silence_notices
 from slm.optimizer import build_optimizer, matmul_flops
@@ -94,6 +94,7 @@ class BareLoop(CommandLine):
         optimizer = self.model.configure_optimizers()
         optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
         if self.model.hparams["compile"]:
+            tell_compiled_code_by_its_vectors()
             transformer.compile(mode=compile_mode(device.type, transformer))
         batches = chain.from_iterable(repeat(self.datamodule.train_dataloader()))
         name = AUTOCAST.get(self.trainer.precision_plugin.precision)

@@ -4,7 +4,7 @@ import inspect
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from slm.notices import explain_parser_error, say, silence_notices
 from slm.paths import expand_paths
 from slm.policy import check_trainer, find_default_config, trainer_arguments
 from slm.report import closing_report, evaluated, show_in_tensorboard
+from slm.slurm import note_job
 from slm.streams import print_only_messages
 from slm.token_data import TokenData
 from slm.watch import Watch
@@ -47,21 +48,18 @@ class CommandLine(LightningCLI):
 
     model: LanguageModel
     datamodule: TokenData
-    lock: AbstractContextManager[Any] = nullcontext()
     run: Path | None = None
     is_new_run = False
     is_other_data_meant = False
 
     def __init__(self, argv: list[str]) -> None:
         """Run a command line; one that fails before its first step leaves no run behind."""
-        self.argv = argv
+        self.argv, self.lock = argv, ExitStack()
         try:
             with stopped_by_signals(self._progress):
                 self._run_command_line()
         except BaseException:
-            step, checkpoint = self._progress()
-            if step == 0 and checkpoint is None:
-                self._drop_new_run()
+            self._drop_unused_run()
             raise
 
     def _run_command_line(self) -> None:
@@ -174,11 +172,12 @@ class CommandLine(LightningCLI):
             self.run = claim_run(runs) if _is_rank_zero() else runs / "of_rank_zero"
         config, content = self._config_text(), self.request.content or {}
         if self.run is not None and _is_rank_zero():
-            self.lock = hold(self.run)
+            self.lock.enter_context(hold(self.run))
             if not self.is_new_run:
                 take_over(self.run, content)
             if not content:
                 begin(self.run, config, self.datamodule.tokenizer)
+            note_job(self.run, self.argv)
         first_step = None if self.is_new_run else content.get("global_step", 0)
         watch = self._get(self.config_init, "watch")
         arguments = trainer_arguments(asked, str(self.subcommand), precision, self.run, config, first_step, watch)
@@ -200,9 +199,18 @@ class CommandLine(LightningCLI):
         last = None if self.run is None else self.run / "checkpoints" / "last.ckpt"
         return trainer.global_step if trainer else 0, last if last and last.is_file() else None
 
+    def _drop_unused_run(self) -> None:
+        """Remove the folder of a new run in which no step is done, unless it holds a checkpoint all the same."""
+        if self.run is not None and self._progress()[0] <= (self.request.content or {}).get("global_step", 0):
+            kept = self.run / "checkpoints"
+            if not (kept.is_dir() and any(kept.iterdir())):
+                self._drop_new_run()
+
     def _drop_new_run(self) -> None:
         if self.is_new_run and self.run is not None and _is_rank_zero():
-            shutil.rmtree(self.run)
+            self.lock.close()  # some file systems keep what is open
+            shutil.rmtree(self.run, ignore_errors=True)
+            self.is_new_run = False
 
     def fit(self, **kwargs: Any) -> None:
         """Train; what is printed from here on is no result."""

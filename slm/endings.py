@@ -55,7 +55,8 @@ def _status_of_every_ending() -> Iterator[None]:
     except Stopped as stop:
         _leave_process_group()
         say(f"{stop}; go on with {command()} --ckpt_path {shlex.quote(str(stop.path))}" if stop.path else str(stop))
-        if stop.signum in requeue_signals() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        is_to_go_on = stop.path is not None or stop.step == 0
+        if stop.signum in requeue_signals() and is_to_go_on and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             requeue()
         sys.exit(128 + stop.signum)
     except SIGTERMException:

@@ -1,6 +1,7 @@
 """What this machine can do."""
 
 import ctypes
+import os
 import platform
 
 import torch
@@ -29,15 +30,8 @@ def keep_freed_memory() -> None:
 
 
 def check_can_compile(device: str) -> None:
-    """Raise InputError where torch.compile lacks what it compiles with: a C++ compiler, or on CUDA Triton.
-
-    On a CPU it also makes the width of the vectors a part of what torch's cache of compiled code goes by. torch 2.13
-    leaves it out: code kept by a process with ATEN_CPU_CAPABILITY=avx2 is run again with longer vectors, which write
-    past the ends of arrays.
-    """
-    from torch._inductor import config
+    """Raise InputError where torch.compile lacks what it compiles with: a C++ compiler, or on CUDA Triton."""
     from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.exc import InvalidCxxCompiler
     from torch.utils._triton import has_triton
 
@@ -51,7 +45,19 @@ def check_can_compile(device: str) -> None:
     except InvalidCxxCompiler as error:
         message = f"model.compile=True: no C++ compiler on this machine: install one (g++, clang++), {remedy}"
         raise InputError(message) from error
-    config.cpp.simdlen = pick_vec_isa().bit_width() or None
+
+
+def tell_compiled_code_by_its_vectors() -> None:
+    """Make the width of the vectors a part of what torch's cache of compiled code for CPUs goes by.
+
+    torch 2.13 leaves it out: code kept by a process with ATEN_CPU_CAPABILITY=avx2 is run again with longer vectors,
+    which write past the ends of arrays.
+    """
+    from torch._inductor import config
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    if config.cpp.simdlen is None:
+        config.cpp.simdlen = pick_vec_isa().bit_width() or None
 
 
 def compile_mode(device: str, network: torch.nn.Module) -> str | None:
@@ -76,11 +82,12 @@ def has_native_bf16() -> bool:
 
 
 def _is_held_back() -> bool:
-    """Whether the environment keeps ATen or oneDNN to instructions from before AVX512 on an x86 processor."""
+    """Whether the environment keeps ATen or oneDNN to instructions from before bf16 on an x86 processor."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    knows_bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    return not (torch.backends.cpu.get_cpu_capability().startswith("AVX512") and knows_bf16())
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
+    has_bf16 = isa in ("ALL", "DEFAULT") or "BF16" in isa or "FP16" in isa or "AMX" in isa or "AVX10" in isa
+    return not (has_bf16 and torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

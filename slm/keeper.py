@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -18,7 +19,7 @@ from slm.durable import lock, replace_file, sweep
 from slm.errors import InputError, NotWrittenError, check
 from slm.notices import say
 from slm.resume import ExactResume, is_fitting
-from slm.slurm import note_job, requeue_signals
+from slm.slurm import requeue_signals
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 """Ctrl-C, a scheduler, and a terminal that was closed; a job of SLURM hears `requeue_signals` too."""
@@ -28,19 +29,20 @@ LARGEST_SHARE_OF_TIME = 0.01
 """What saving by the clock may cost: a save that takes long makes the next one wait."""
 
 
-class Stopped(Exception):  # noqa: N818 - no error, as KeyboardInterrupt is none
-    """A signal ended the run.
+class Stopped(BaseException):
+    """A signal ended the run; like KeyboardInterrupt it is no error, and no `except Exception` takes it for one.
 
     Attributes:
-        signum: SIGINT, SIGTERM or SIGHUP.
-        path: the checkpoint to go on from; None where nothing was trained yet.
+        signum: the signal.
+        step: how many optimizer steps were done.
+        path: the checkpoint to go on from; None where nothing is kept.
     """
 
     def __init__(self, signum: int, step: int, path: Path | None) -> None:
-        where = f"at step {step}, which is kept" if path else "before its first step: nothing is lost"
+        kept = "which is kept" if path else "of which nothing is kept"
+        where = f"at step {step}, {kept}" if step else "before its first step: nothing is lost"
         super().__init__(f"stopped by {signal.Signals(signum).name} {where}")
-        self.signum = signum
-        self.path = path
+        self.signum, self.step, self.path = signum, step, path
 
 
 @contextlib.contextmanager
@@ -135,7 +137,6 @@ def begin(run: Path, config: str, tokenizer: str | None) -> None:
     replace_file(run / "config.yaml", config.encode())
     if tokenizer not in (None, "bytes"):
         replace_file(run / "tokenizer.json", tokenizer.encode())
-    note_job(run)
 
 
 def take_over(run: Path, content: Mapping[str, Any]) -> None:
@@ -242,9 +243,12 @@ class LastCheckpoint(Callback):
                 os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        if trainer.strategy.reduce_boolean_decision(self.signum is not None, all=False):
+        """Stop on all ranks for the same reason, whichever of them heard the signal."""
+        heard = torch.tensor(self.signum or 0, device=trainer.strategy.root_device)
+        signum = int(trainer.strategy.reduce(heard, reduce_op="max"))
+        if signum:
             step = trainer.global_step
-            raise Stopped(self.signum or signal.SIGTERM, step, self.path if step else None)
+            raise Stopped(signum, step, self.path if step else None)
 
 
 @rank_zero_only

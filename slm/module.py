@@ -14,7 +14,7 @@ from torchmetrics import SumMetric
 
 from slm.accumulation import AccumulationWindow
 from slm.errors import NotFiniteError, check
-from slm.hardware import check_can_compile, compile_mode
+from slm.hardware import check_can_compile, compile_mode, tell_compiled_code_by_its_vectors
 from slm.hyperparameters import adapt_states, check_applicable, check_ranges
 from slm.loss import linear_cross_entropy, sum_and_correct
 from slm.optimizer import build_optimizer, cosine_rate, num_steps, rescheduled, stepped_by
@@ -142,6 +142,7 @@ class LanguageModel(LightningModule):
         if stage == "fit" and self.hparams["compile"]:
             device = self.trainer.strategy.root_device.type
             check_can_compile(device)
+            tell_compiled_code_by_its_vectors()
             # gradients lie in a graph's memory, which its next call uses again: none where they are added up or shared
             alone = self.trainer.world_size == self.trainer.accumulate_grad_batches == 1
             can_replay = alone and not rescheduled(self.trainer)

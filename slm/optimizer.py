@@ -16,6 +16,8 @@ MOMENTUM = 0.95
 """Muon's."""
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 """Of Newton and Schulz, as Jordan chose them."""
+SMALLEST_NORM = 1e-7
+"""A gradient below it is not blown up to a whole step; the squares of far smaller numbers would be 0."""
 
 
 def build_optimizer(transformer: nn.Module, hparams: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
@@ -73,6 +75,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        for name in self.param_groups[0].keys() - {"params", "lr", "weight_decay"}:
+            del self.param_groups[0][name]  # settings of torch's own Muon, in older checkpoints
         self._share()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -112,7 +116,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     wide = (matrices.mT if is_tall else matrices).to(fast_dtype(matrices.device))
     x = wide.reshape(-1, *wide.shape[-2:])  # (K, M, N), M <= N
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=SMALLEST_NORM)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT

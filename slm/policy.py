@@ -6,7 +6,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
@@ -52,7 +53,9 @@ AT_LEAST = {
 
 
 def check_trainer(asked: Mapping[str, Any]) -> None:
-    """Raise InputError for a number that Lightning would not refuse, or only in the middle of a run."""
+    """Raise InputError for what Lightning would not refuse, or only in the middle of a run."""
+    is_apart = any(word in str(asked["strategy"]) for word in ("fork", "spawn", "notebook"))
+    check(not is_apart, f"trainer.strategy={asked['strategy']} gives nothing back of what it trains: use ddp")
     for name, least in AT_LEAST.items():
         value = asked[name]
         is_fine = value is None or least <= value < math.inf  # NaN is not
@@ -112,10 +115,14 @@ def trainer_arguments(
 
 
 def _plugins(asked: Any) -> list[Any]:
-    """The user's plugins, and the durable writer of checkpoints unless there is one among them."""
+    """The user's plugins, and the durable writer of checkpoints and what tells of SLURM unless they have their own."""
     given = asked if isinstance(asked, list) else [asked] if asked is not None else []
-    has_own = any(isinstance(plugin, CheckpointIO) for plugin in given)
-    return given if has_own else [*given, DurableCheckpointIO()]
+    ours: list[Any] = []
+    if not any(isinstance(plugin, CheckpointIO) for plugin in given):
+        ours.append(DurableCheckpointIO())
+    if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in given):
+        ours.append(SLURMEnvironment(auto_requeue=False))  # `slm.slurm` requeues; Lightning's checkpoint is another
+    return [*given, *ours]
 
 
 def _loggers(asked: Any, run: Path | None, first_step: int | None) -> list[Logger]:

@@ -6,6 +6,7 @@
 import os
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -15,7 +16,7 @@ from slm.durable import replace_file
 from slm.notices import say
 
 JOB_FILE = "slurm_job"
-"""In a run's folder: the job that trains it."""
+"""In a run's folder: the job that trains it, and the arguments that it was started with."""
 
 
 def requeue_signals() -> list[signal.Signals]:
@@ -25,7 +26,12 @@ def requeue_signals() -> list[signal.Signals]:
 
 
 def requeue() -> None:
-    """Ask SLURM to start this job once more; where it does not, that is said."""
+    """Ask SLURM to start this job once more; where it does not, that is said.
+
+    SLURM ends the job as it requeues it, which must not cut short what is said and the exit status.
+    """
+    for signum in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
     job = _job()
     try:
         if job is None:
@@ -37,22 +43,27 @@ def requeue() -> None:
         say(f"the job is not requeued: {reason}")
 
 
-def note_job(run: Path) -> None:
-    """Write into a run's folder which job trains it."""
+def note_job(run: Path, argv: Sequence[str]) -> None:
+    """Write into a run's folder which job trains it, and with which arguments; a job may train several runs."""
     if (job := _job()) is not None:
-        replace_file(run / JOB_FILE, job.encode())
+        replace_file(run / JOB_FILE, _noted(job, argv).encode(errors="surrogateescape"))
 
 
-def requeued_run(runs: Path) -> Path | None:
-    """The run that this job trained before it was requeued; None where there is none, or nothing of it is kept."""
+def requeued_run(runs: Path, argv: Sequence[str]) -> Path | None:
+    """The run that this job trained with these arguments before it was requeued; None for none that was kept."""
     job = _job()
     if job is None or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return None
+    noted = _noted(job, argv).encode(errors="surrogateescape")
     for run in run_folders(runs):
-        noted = run / JOB_FILE
-        if noted.is_file() and noted.read_text(encoding="utf-8") == job:
-            return run if (run / "checkpoints" / "last.ckpt").is_file() else None
+        file = run / JOB_FILE
+        if file.is_file() and file.read_bytes() == noted and (run / "checkpoints" / "last.ckpt").is_file():
+            return run
     return None
+
+
+def _noted(job: str, argv: Sequence[str]) -> str:
+    return "\n".join([job, *argv]) + "\n"
 
 
 def _job() -> str | None:

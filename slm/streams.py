@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -28,15 +29,21 @@ class Output(io.FileIO):
         self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
         try:
             if self.is_closed:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            return super().write(data)
+            while left:
+                written = super().write(left)
+                if written is None:  # it does not block: another program has set it so
+                    select.select([], [self], [])
+                left = left[written or 0 :]
         except OSError as error:
             if not self.is_optional:
                 self.failure, self.is_optional = error, True
                 raise
-            return memoryview(data).nbytes
+        return size
 
 
 @contextlib.contextmanager
@@ -48,16 +55,18 @@ def standard_streams() -> Iterator[None]:
     """
     before = sys.stdout, sys.stderr
     _occupy(0)
-    sys.stdout, sys.stderr = _replaced(sys.stdout, 1, is_optional=False), _replaced(sys.stderr, 2, is_optional=True)
+    after = _replaced(sys.stdout, 1, is_optional=False), _replaced(sys.stderr, 2, is_optional=True)
+    sys.stdout, sys.stderr = after
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in after:
             with contextlib.suppress(OSError):
                 stream.flush()
         sys.stdout, sys.stderr = before
-        for stream in before:
-            _empty(stream)
+        for original, stream in zip(before, after, strict=True):
+            if original is not None and original is not stream:
+                _empty(original)
 
 
 def print_only_messages() -> None:
@@ -116,10 +125,8 @@ def _occupy(descriptor: int) -> None:
             os.close(found)
 
 
-def _empty(stream: TextIO | None) -> None:
+def _empty(stream: TextIO) -> None:
     """Drop what a library's logger could not print; the interpreter would fail on it at its end."""
-    if stream is None or stream.closed:
-        return
     try:
         stream.flush()
     except OSError:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import stress
+import torch
 from conftest import SMALL_FLAGS
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from stress import LAST, SETTINGS, default_signals, finish, first_command, start, step_of
@@ -69,6 +70,24 @@ def test_what_stopped_a_run_is_said_with_the_way_to_go_on(capsys: pytest.Capture
     said = capsys.readouterr().err
     assert said.startswith("stopped by SIGINT at step 57, which is kept; go on with ")
     assert said.endswith(" --ckpt_path 'runs/my run/last.ckpt'\n")
+
+
+def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(
+    slm: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slm(*SMALL_FLAGS, "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false")
+    before = LAST.read_bytes()
+    original = torch.load
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr("torch.load", signalled)
+    with pytest.raises(SystemExit) as exit_info:
+        slm("--ckpt_path=last", "--trainer.max_epochs=2")
+    assert exit_info.value.code == 128 + signal.SIGTERM
+    assert LAST.read_bytes() == before
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:

@@ -39,7 +39,13 @@ def test_native_bf16_is_what_the_processor_reports(unheld: None) -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the variables are read on x86 alone")
 @pytest.mark.parametrize(
-    "held", [{"ATEN_CPU_CAPABILITY": "avx2"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}]
+    "held",
+    [
+        {"ATEN_CPU_CAPABILITY": "avx2"},
+        {"ATEN_CPU_CAPABILITY": "default"},
+        {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+    ],
 )
 def test_bf16_is_not_native_where_torch_is_kept_from_its_instructions(held: dict[str, str]) -> None:
     code = (
@@ -125,8 +131,8 @@ def test_a_compiled_network_trains_to_the_same_checkpoint(slm: Callable[..., str
 def test_code_that_was_compiled_for_shorter_vectors_is_not_run_with_longer_ones(tmp_path: Path) -> None:
     code = (
         "import torch\n"
-        "from slm.hardware import check_can_compile\n"
-        "check_can_compile('cpu')\n"
+        "from slm.hardware import tell_compiled_code_by_its_vectors\n"
+        "tell_compiled_code_by_its_vectors()\n"
         "x = torch.arange(24.0)\n"
         "add_one = torch.compile(lambda x: torch.cat([x + 1, x.exp(), x * 2]))\n"
         "for _ in range(200):\n"

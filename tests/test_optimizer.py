@@ -174,6 +174,37 @@ def test_muon_computes_in_the_type_that_the_processor_multiplies_fast(
     assert orthogonalized(torch.randn(3, 4, 6)).dtype == dtype
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-8])
+def test_a_gradient_of_almost_nothing_makes_no_step_that_is_not_finite(size: float) -> None:
+    torch.manual_seed(0)
+    found = orthogonalized(size * torch.randn(3, 6, 4))
+    assert found.isfinite().all()
+    assert size > 1e-20 or found.abs().max() < 1e-10
+
+
+def test_muon_leaves_a_matrix_without_a_gradient_as_it_is() -> None:
+    matrix, vector = parts()
+    before = matrix.detach().clone()
+    vector.grad = torch.ones_like(vector)
+    both([matrix], [vector]).step()
+    assert torch.equal(matrix, before)
+
+
+def test_a_state_that_was_saved_with_the_muon_of_torch_is_gone_on_from() -> None:
+    matrix, vector = parts()
+    muon = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    matrix.grad, vector.grad = matrix.detach().cos(), vector.detach().cos()
+    muon.step()
+    optimizer = both([matrix], [vector])
+    optimizer.step()
+    older = copy.deepcopy(optimizer.state_dict())
+    older["param_groups"][0] = {**muon.state_dict()["param_groups"][0], "lr": 0.05}
+    optimizer.load_state_dict(older)
+    assert {**optimizer.param_groups[0], "params": None} == {"lr": 0.05, "weight_decay": 0.1, "params": None}
+    momentum = optimizer.state[matrix]["momentum_buffer"]
+    torch.testing.assert_close(momentum, older["state"][0]["momentum_buffer"])
+
+
 def test_muon_steps_every_matrix_as_if_it_were_alone() -> None:
     torch.manual_seed(0)
     shapes = [(6, 4), (4, 6), (6, 4), (2, 6, 4)]

@@ -2,8 +2,9 @@
 
 import os
 import re
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ RUNS = Path("runs")
 
 
 @pytest.fixture
-def job(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def job(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A job of one process, with a `scontrol` that notes what it is asked for in a file."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGUSR1, signal.SIGTERM)}
     asked = workdir / "bin" / "asked"
     asked.parent.mkdir()
     asked.touch()
@@ -32,7 +34,9 @@ def job(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, value in told.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("PATH", f"{workdir / 'bin'}:{os.environ['PATH']}")
-    return asked
+    yield asked
+    for signum, handler in before.items():  # a command ignores both from when it is requeued to its end
+        signal.signal(signum, handler)
 
 
 def last(run: str) -> dict[str, torch.Tensor]:
@@ -86,6 +90,47 @@ def test_another_job_begins_a_run_of_its_own(job: Path, slm: Run, monkeypatch: p
     assert {path.name for path in RUNS.iterdir()} == {"version_0", "version_1"}
 
 
+def test_each_command_of_a_job_goes_on_in_its_own_run(job: Path, slm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, fast = ([*SMALL, f"--model.learning_rate={rate}", "--trainer.max_epochs=1"] for rate in (0.001, 0.01))
+    slm(*slow)
+    slm(*fast)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert "it goes on in runs/version_0" in slm(*slow)
+    assert "it goes on in runs/version_1" in slm(*fast)
+
+
+def test_a_job_that_goes_on_from_a_copied_checkpoint_does_so_once(
+    job: Path, slm: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slm(*SMALL, "--trainer.max_steps=2")
+    shutil.copy(RUNS / "version_0/checkpoints/last.ckpt", "copy.ckpt")
+    argv = ["--ckpt_path=copy.ckpt", "--trainer.max_steps=6", "--trainer.enable_progress_bar=false"]
+    with monkeypatch.context() as patch:
+        signal_in(patch, "training_step", signal.SIGUSR1, step=3)
+        assert stopped(*argv) == 138
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert "it goes on in runs/version_1" in slm(*argv)
+    assert {path.name for path in RUNS.iterdir()} == {"version_0", "version_1"}
+
+
+def test_a_job_of_which_nothing_is_kept_is_not_requeued(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signal_in(monkeypatch, "training_step", signal.SIGUSR1, step=3)
+    assert stopped(*SMALL, "--trainer.enable_checkpointing=false") == 138
+    assert "stopped by SIGUSR1 at step 3, of which nothing is kept" in capsys.readouterr().err
+    assert job.read_text() == ""
+
+
+def test_a_job_that_slurm_ends_as_it_requeues_it_still_says_so(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (job.parent / "scontrol").write_text("#!/bin/sh\nkill -TERM $PPID\nkill -USR1 $PPID\n")
+    signal_in(monkeypatch, "validation_step", signal.SIGUSR1, step=5)
+    assert stopped(*SMALL, "--trainer.val_check_interval=5") == 138
+    assert "SLURM job 7 is requeued" in capsys.readouterr().err
+
+
 def test_a_job_that_cannot_be_requeued_says_so_and_keeps_its_step(
     job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,5 +147,5 @@ def test_more_tasks_than_processes_are_refused_and_leave_nothing(
 ) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "4")
     assert stopped(*SMALL) == 2
-    assert "the Trainer refuses its settings: You set `--ntasks=4`" in capsys.readouterr().err
+    assert "error: You set `--ntasks=4` in your SLURM bash script" in capsys.readouterr().err
     assert list(RUNS.iterdir()) == []

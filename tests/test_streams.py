@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -41,7 +42,7 @@ def ending(body: str, redirection: str, cwd: Path, **env: str) -> subprocess.Com
         "import sys\nfrom slm.endings import ends_in_one_line\nfrom slm.notices import say\n"
         f"from slm.streams import print_only_messages\nwith ends_in_one_line():\n    {body}\n"
     )
-    return shell(f'"$PYTHON" command.py {redirection}', cwd, PYTHONPATH=str(ROOT), **env)
+    return shell(f'{{ "$PYTHON" command.py {redirection}; }}', cwd, PYTHONPATH=str(ROOT), **env)
 
 
 @needs_full
@@ -60,14 +61,14 @@ def test_a_result_without_an_output_is_status_1_in_one_line(tmp_path: Path) -> N
 def test_a_reader_that_has_gone_ends_a_command_as_it_does_every_other(tmp_path: Path) -> None:
     result = ending("[print(number) for number in range(10**6)]", "| head -n 1", tmp_path)
     assert (result.stdout, result.stderr) == ("0\n", "")
-    result = ending("[print(number) for number in range(10**6)]", "> pipe", pipe_without_reader(tmp_path))
-    assert (result.returncode, result.stderr) == (141, "")
+    result = ending("[print(number) for number in range(10**6)]", "; echo $? > status; } | head -n 1; { true", tmp_path)
+    assert (tmp_path / "status").read_text() == "141\n"
 
 
-def pipe_without_reader(folder: Path) -> Path:
-    os.mkfifo(folder / "pipe")
-    subprocess.Popen(["sh", "-c", "head -n 1 pipe > /dev/null"], cwd=folder)
-    return folder
+def test_a_pipe_that_does_not_block_gets_all_of_a_result(tmp_path: Path) -> None:
+    body = "os.set_blocking(1, False), [print(number) for number in range(10**5)]"
+    result = ending(f"import os; {body}", "| (sleep 0.5; tail -n 1)", tmp_path)
+    assert (result.stdout, result.stderr) == ("99999\n", "")
 
 
 @needs_full
@@ -138,11 +139,16 @@ def in_a_terminal_that_is_closed(argv: list[str], cwd: Path, sees: bytes, hangup
         start_new_session=True,
     )
     os.close(terminal)
-    shown = b""
-    while sees not in shown:
-        shown += os.read(master, 2**16)
-    os.close(master)
-    return process.wait(timeout=280)
+    try:
+        shown = b""
+        while sees not in shown:
+            assert select.select([master], [], [], 280)[0], shown
+            shown += os.read(master, 2**16)
+        os.close(master)
+        return process.wait(timeout=280)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(
