@@ -84,6 +84,8 @@ BINARY: dict[str, tuple[Callable[[], bytes], str]] = {
     "tar_v7": (lambda: before_ustar(tar()), "a tar archive"),
     "npy": (lambda: archive(lambda buffer: numpy.save(buffer, numpy.zeros(9))), "a NumPy file"),
     "pickle": (lambda: pickle.dumps({"text": WORDS}), "a pickle"),
+    "avro": (lambda: b"Obj\x01\x04\x14avro.codec\x08null\x16avro.schema" + WORDS.encode(), "an avro file"),
+    "mp3": (lambda: b"ID3\x03\0\0\0\0\x0f\x76" + WORDS.encode(), "sound, a picture or a film"),
     "pdf": (lambda: b"%PDF-1.7\n" + WORDS.encode(), "a PDF"),
     "png": (lambda: picture("PNG"), "a PNG image"),
     "jpg": (lambda: picture("JPEG"), "a JPEG image"),
@@ -138,7 +140,18 @@ def test_a_program_a_database_and_tables_are_refused_by_what_they_are(errors: st
 @pytest.mark.parametrize("errors", ["strict", "replace"])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize(
-    "text", ["Latin letters", "Широкая электрификация южных губерний", "Ἐν ἀρχῇ ἦν ὁ λόγος", "सभी मनुष्य", "электричка"]
+    "text",
+    [
+        "Latin letters",
+        "one\ntwo\n",
+        "Широкая электрификация южных губерний",
+        "люди,\nлюди\n",
+        "την γλώσσα των ανθρώπων",
+        "Ἐν ἀρχῇ ἦν ὁ λόγος",
+        "tiếng Việt",
+        "सभी मनुष्य",
+        "электричка",
+    ],
 )
 def test_utf16_without_its_mark_is_refused_in_any_alphabet(
     text: str, encoding: str, errors: str, tmp_path: Path
@@ -173,6 +186,54 @@ def test_binary_content_far_into_a_file_is_refused(errors: str, tmp_path: Path) 
     ids=lambda text: repr(text[:20]),
 )
 def test_a_text_with_a_few_control_characters_is_read_as_it_is(text: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(text)
-    assert "".join(block.text for block in read_documents(look_at(tmp_path / "a.txt"), "text", "strict")) == text
-    assert read_text(tmp_path / "a.txt", "it") == text
+    assert_read(text, tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1\x01a\x012\x01b\n" * 100,
+        "1\x01a\x012\x01b\x01" * 100,
+        "k\x031\x02l\x032\x01m\x033\n" * 100,
+        "a\x1fb\x1fc\x1e" * 50,
+        "8=FIX.4.4\x019=65\x0135=A\x0149=SERVER\x0156=CLIENT\x0110=062\x01" * 30,
+        "8=1\x019=2\x01" * 9000 + "\n",
+        "0\n1\n" * 50 + "\0",
+        "0\n1\n" * 50 + "0\0",
+        "1\t2\t3\t4\0",
+        "ID3\x02a\x01b\n",
+        "Obj\x01Name\x01Size\n",
+        "GIF89a\x01a picture\n",
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_a_text_whose_fields_control_characters_separate_is_read_as_it_is(text: str, tmp_path: Path) -> None:
+    assert_read(text, tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x" * 257 + "ustar format is what tar writes",
+        "%PDF-1 begins every PDF file.",
+        "%PDF-1.7 begins a newer one.",
+        "BZh91AY&SY begins what bzip2 packs.",
+        "GIF89a, GIF87a",
+        "Rar! is how it begins",
+        "SQLite format 3 is a format",
+        "PAR1 begins and ends it",
+        "II* and MM",
+        "MM*",
+        "RIFF1234WAVE",
+        "ID3 tags, Obj, OggS, fLaC, GGUF, ARROW1, 7z, PK",
+    ],
+    ids=lambda text: repr(text[-30:]),
+)
+def test_prose_about_how_files_begin_is_read_as_it_is(text: str, tmp_path: Path) -> None:
+    assert_read(text, tmp_path / "a.txt")
+
+
+def assert_read(text: str, path: Path) -> None:
+    path.write_bytes(text.encode())
+    assert "".join(block.text for block in read_documents(look_at(path), "text", "strict")) == text
+    assert read_text(path, "it") == text
