@@ -25,8 +25,8 @@ GENUINE = "\ufffd".encode()
 
 MARK = "\ufeff"
 """What some programs put before UTF-8; it is no content."""
-LONGEST_LINE = 2**24
-"""Bytes of the first line of a `.json` that are looked at to tell whether it has a document in each line."""
+LONGEST_FIRST = 2**24
+"""Bytes of the first line or object of a `.json` that are looked at to tell whether each holds a document."""
 LONGEST_SYMBOL = 16
 """Characters: more than any of JSON's symbols has, but for text."""
 JSON_GAP = re.compile(r"[ \t\r\n]*([\[,\]]?)[ \t\r\n]*")
@@ -51,7 +51,7 @@ def read_documents(entry: Entry, text_field: str, errors: Errors) -> Iterator[Bl
     """The documents of a file: those of each line, element or row where it has some, else the whole file.
 
     Lines are those of `.jsonl`, `.ndjson` and a `.json` with an object in its first line that has the field; elements
-    are those of a `.json` that is an array of objects; rows are those of a table.
+    are those of a `.json` that is an array whose first object has the field; rows are those of a table.
 
     Args:
         entry: names the file; `.gz` at the end of its name is unpacked.
@@ -149,16 +149,29 @@ def _shape(path: Path, text_field: str) -> Literal["lines", "array", "text"]:
         start = file.read(HEAD).removeprefix(MARK.encode()).lstrip()
         while not start and (more := file.read(HEAD)):
             start = more.lstrip()
-        if re.match(rb"\[\s*\{", start):
-            return "array"
+        if opening := re.match(rb"\[\s*(?=\{)", start):
+            return "array" if _begins_with_field(start[opening.end() :], file, text_field) else "text"
         if not start.startswith(b"{"):
             return "text"
-        line = (start + file.readline(LONGEST_LINE)).partition(b"\n")[0]
+        line = (start + file.readline(LONGEST_FIRST)).partition(b"\n")[0]
     try:
         fields = json.loads(line.decode(errors="replace"))
     except (ValueError, RecursionError):
         return "text"
     return "lines" if isinstance(fields.get(text_field), str) else "text"
+
+
+def _begins_with_field(start: bytes, file: Readable, text_field: str) -> bool:
+    """Whether an object has the field, or names it where no object can be read, so that a fault in it is refused."""
+    while True:
+        text = start.decode(errors="replace")
+        try:
+            return text_field in json.JSONDecoder().raw_decode(text)[0]
+        except (ValueError, RecursionError):
+            more = file.read(len(start)) if len(start) < LONGEST_FIRST else b""
+        if not more:
+            return json.dumps(text_field) in text or json.dumps(text_field, ensure_ascii=False) in text
+        start += more
 
 
 def _json_lines(path: Path, file: Readable, raw: io.BufferedReader, text_field: str, errors: Errors) -> Iterator[Block]:

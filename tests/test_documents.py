@@ -123,6 +123,11 @@ def test_an_array_is_read_without_holding_it(tmp_path: Path) -> None:
     assert peak < size / 2
 
 
+def test_the_first_object_of_an_array_may_be_long(tmp_path: Path) -> None:
+    rows = [{"before": ["é" * 70_000], "text": text} for text in TEXTS]
+    assert read(write(tmp_path / "a.json", json.dumps(rows, ensure_ascii=False, indent=1).encode())) == TEXTS
+
+
 @pytest.mark.parametrize("name", ["c4.json.gz", "c4.json"])
 def test_a_json_with_a_document_in_each_line_is_lines(name: str, tmp_path: Path) -> None:
     lines = [json.dumps({"text": text, "url": "x"}) for text in TEXTS]
@@ -131,7 +136,24 @@ def test_a_json_with_a_document_in_each_line_is_lines(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "text", ['{"name": "a",\n "text": "b"}', '{"text": ["a"]}', "[1, 2]", "[]", '["a"]', "no JSON", '{"body": "a"}\n']
+    "text",
+    [
+        '{"name": "a",\n "text": "b"}',
+        '{"text": ["a"]}',
+        "[1, 2]",
+        "[]",
+        '["a"]',
+        "no JSON",
+        '{"body": "a"}\n',
+        '[{"name": "a"}]',
+        '[\n  {\n    "name": "a",\n    "inner": {"text": "b"}\n  }\n]\n',
+        '[{"name": "a"}, {"text": "b"}]',
+        json.dumps([{"name": "a" * 9999}]),
+        "[{name: 'a'}]",
+        '[{"name": "a"',
+        "[{}]",
+    ],
+    ids=lambda text: text[:40],
 )
 def test_any_other_json_is_text(text: str, tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.json", text.encode())) == [text]
@@ -224,7 +246,9 @@ def test_replacing_counts_in_lines_and_rows_too(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "\\udc00"}', r"a.jsonl line 1 holds half a surrogate pair at character 0"),
         ("a.jsonl", b"[" * 200_000, r"a.jsonl line 1 is not JSON: "),
         ("a.json", b'[{"text": "a"}, {"body": "b"}]', r"a.json element 2 has no field text, it has body: name one"),
-        ("a.json", b'[{"body": "b"}]', r"a.json element 1 has no field text, it has body: .* or leave the file out"),
+        ("a.json", b'[{"text": null}, {"text": "b"}]', r"a.json element 1: its field text is not text but null"),
+        ("a.json", b'[{"id": 1, "text": "a', r"a.json element 1 is not JSON: Unterminated string"),
+        ("a.json", b'[{"text": "a"}, {"body": "b"}]', r"a.json element 2 has .* or leave the file out"),
         ("a.json", b'[{"text": "a"}, "b"]', r"a.json element 2 is not an object with text in a field text"),
         ("a.json", b'[{"text": "a"}, {"text": 1}]', r"a.json element 2: its field text is not text but 1"),
         ("a.json", b'[{"text": "a"}, {"text": "b]', r"a.json element 2 is not JSON: Unterminated string"),

@@ -174,6 +174,13 @@ def test_names_among_others_are_those_of_files_and_that_is_said_once(
     assert not any("val_path" in line for line in setup(path=path, val_path=held_out).at_a_glance(num_parameters=1))
 
 
+def test_a_folder_of_source_code_is_read_with_its_fixtures(tmp_path: Path) -> None:
+    code, fixture = "print(1)\n", '[{"name": "a"}]'
+    path = make(tmp_path, main_py=code, tests__names_json=fixture)
+    data = setup(path=path, val_path=path, max_seq_len=2)
+    assert bytes(streams(data)[0]) == code.encode() + b"\xff" + fixture.encode() + b"\xff"
+
+
 def test_a_text_to_hold_out_that_is_given_wins_over_the_folders_own(tmp_path: Path) -> None:
     path = make(tmp_path / "text", train_txt="to train on", validation_txt="not this")
     data = setup(path=path, val_path=make(tmp_path / "other", mine_txt="to hold out"))
