@@ -13,10 +13,11 @@ _PATTERNS = {
     split: re.compile(rf"(?:^|[-._ 0-9])(?:{'|'.join(words)})(?:[-._ 0-9]|$)") for split, words in KEYWORDS.items()
 }
 _METADATA = re.compile(
-    r"README\.md|config\.json|dataset_infos?\.json|dataset_dict\.json|dummy_data\.zip|"
+    r"README\.md|dataset_infos?\.json|dataset_dict\.json|dummy_data\.zip|"
     r"(?i:(?:licen[cs]e|copying|notice)(?:\.(?:md|rst|txt))?)"
 )
-"""What lies beside the data in a repository; the first are those that `datasets` ignores."""
+"""What lies beside the data in a repository; with `_SETTINGS`, the first are those that `datasets` ignores."""
+_SETTINGS = "config.json"
 _ROWS = re.compile(r".*\.(?:parquet|(?:jsonl|ndjson)(?:\.gz)?)", re.IGNORECASE | re.DOTALL)
 _JSON = re.compile(r".*\.json(?:\.gz)?", re.IGNORECASE | re.DOTALL)
 
@@ -24,8 +25,11 @@ _JSON = re.compile(r".*\.json(?:\.gz)?", re.IGNORECASE | re.DOTALL)
 def data_names(names: Sequence[str]) -> list[str]:
     """The names without README, licence and the like where the others are shards of a data set, else all of them."""
     others = _without_metadata(names)
-    are_shards = any(map(_ROWS.fullmatch, others)) or (others and all(map(_JSON.fullmatch, others)))
-    return others if are_shards else list(names)
+    if any(map(_ROWS.fullmatch, others)):
+        return others
+    files = [name for name in names if not _METADATA.fullmatch(_own(name))]
+    are_shards = bool(files) and all(map(_JSON.fullmatch, files))  # where all are .json, `_SETTINGS` may be data
+    return files if are_shards else list(names)
 
 
 def split_of(name: str) -> str | None:
@@ -67,4 +71,8 @@ def mere_names(names: Sequence[str]) -> tuple[str, str] | None:
 
 
 def _without_metadata(names: Sequence[str]) -> list[str]:
-    return [name for name in names if not _METADATA.fullmatch(name.rpartition("/")[2])]
+    return [name for name in names if not _METADATA.fullmatch(_own(name)) and _own(name) != _SETTINGS]
+
+
+def _own(name: str) -> str:
+    return name.rpartition("/")[2]
