@@ -25,7 +25,7 @@ Found = TypeVar("Found")
 BATCH_SIZE = 2**22
 """Characters, or tokens, that are in memory at once."""
 READING = 2
-"""Counts the ways in which this project has read texts; what was prepared in another way is not found."""
+"""Version of the reader: a change makes every cached text be read again."""
 TRAINING_SIZE = 16 * 10**6
 """Characters of text, spread evenly over it, that the merges of BPE are learned from: all of a smaller text.
 
