@@ -29,6 +29,7 @@ _KINDS = {
     rb"\x28\xb5\x2f\xfd": "packed with zstd",
     rb"\x04\x22\x4d\x18": "packed with lz4",
     rb"\x1f[\x9d\xa0]": "packed with compress",
+    rb"!<arch>\n": "an ar archive",
     rb"7z\xbc\xaf\x27\x1c": "a 7z archive",
     rb"Rar!\x1a\x07": "a rar archive",
     rb".{257}ustar(?:\0|  \0)|[^\0][^\n]{98}\0[ 0-7\0]{24}[ 0-7]{11}[ \0]": "a tar archive",

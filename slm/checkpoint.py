@@ -71,7 +71,7 @@ def claim_run(runs: Path = RUNS) -> Path:
 
 def _run_numbers(runs: Path) -> list[int]:
     names = [path.name.removeprefix("version_") for path in runs.glob("version_*") if path.is_dir()]
-    return [int(name) for name in names if name.isdigit()]
+    return [int(name) for name in names if name.isascii() and name.isdigit()]
 
 
 def resolve_checkpoint(ckpt_path: str | Path, prefer: str = "last", runs: Path = RUNS) -> Path:

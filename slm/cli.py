@@ -133,13 +133,13 @@ class CommandLine(LightningCLI):
         """Instantiate as the config says; a class's own InputError comes out as it is, not wrapped by the parser."""
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, InputError):
+        except (ValueError, TypeError) as error:
+            cause: BaseException = error
+            while not isinstance(cause, InputError) and cause.__cause__ is not None:
                 cause = cause.__cause__
-            if cause is None:
-                raise
-            raise cause from None
+            if isinstance(cause, InputError):
+                raise cause from None
+            raise InputError(f"a class cannot be made with these settings: {error}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the project's precision, callbacks and run folder, which is made once all else is sound."""

@@ -177,11 +177,16 @@ def _converse(writer: Writer, settings: Settings) -> None:
         raise InputError(no_prompt)
     is_terminal, found = sys.stdin.isatty(), False
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape", newline="\n")  # bytes as they are; the prompt refuses bad ones
+        sys.stdin.reconfigure(
+            encoding="utf-8", errors="surrogateescape", newline="\n"
+        )  # the prompt refuses what is not
     while True:
         if is_terminal:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except OSError as error:
+            raise InputError(f"standard input cannot be read: {error.strerror}; give --prompt") from error
         if not line:
             check(found or is_terminal, no_prompt)
             return

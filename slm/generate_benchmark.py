@@ -46,7 +46,9 @@ def measure(
     check(all(size >= 1 for size in batch_sizes), f"batch_sizes={list(batch_sizes)} must be at least 1")
     fits = all(context > PROMPT_TOKENS for context in contexts)
     check(fits, f"contexts={list(contexts)} must be above {PROMPT_TOKENS}, the tokens of the prompt")
-    device = torch.device(accelerator_kind(accelerator))
+    kind = accelerator_kind(accelerator)
+    check(kind in ("cpu", "cuda", "mps"), f"accelerator={accelerator} must be auto, cpu, gpu, cuda or mps")
+    device = torch.device(kind)
     print("| context | batch | slm, tokens/s (lowest to highest) | Hugging Face, tokens/s | ratio |")
     print("|---|---|---|---|---|")
     for context in contexts:

@@ -22,7 +22,7 @@ def check_ranges(hparams: Mapping[str, Any]) -> None:
     largest = torch.finfo(torch.float32).max
     check(0 < learning_rate < largest, f"learning_rate={learning_rate} must be above 0 and below {largest:.1e}")
     check(optimizer in OPTIMIZERS, f"optimizer={optimizer} must be one of {', '.join(OPTIMIZERS)}")
-    check(weight_decay >= 0, f"weight_decay={weight_decay} must be at least 0")
+    check(0 <= weight_decay < largest, f"weight_decay={weight_decay} must be at least 0, and finite")
     check(schedule in ("plateau", "cosine"), f"schedule={schedule} must be plateau or cosine")
     check(warmup_steps >= 0, f"warmup_steps={warmup_steps} must be at least 0")
     is_used = schedule == "cosine" or warmup_steps == 0

@@ -187,7 +187,8 @@ class LastCheckpoint(Callback):
         if self.resume.is_between_steps:
             is_wanted = self.is_due or self.signum is not None or time.monotonic() >= self._next_save
             if trainer.strategy.reduce_boolean_decision(is_wanted, all=False):
-                self._save(trainer)
+                if trainer.global_step > 0:
+                    self._save(trainer)
                 self._stop_if_asked(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:

@@ -108,7 +108,7 @@ def explain_parser_error(message: str, known: Mapping[str, str], argv: Sequence[
         known: names of all settings, to find the nearest to an unknown one, each with the class that alone has it.
         argv: the command line.
     """
-    if without_value := re.search(r"argument --([\w.]+): expected one argument", message):
+    if without_value := re.search(r"argument (?:-\w/)?--([\w.]+)(?:/--\S+)*: expected one argument", message):
         return _explain_missing_value(without_value[1], argv)
     keys = re.findall(r'Parser key "([^"]+)"', message)
     unknown = re.search(r"[Oo]ption '([^']+)'|[Uu]nrecognized arguments: (?:--)?([^\s=]+)", message)

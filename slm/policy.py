@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from slm.checkpoint import DurableCheckpointIO
 from slm.durable import replace_file
-from slm.errors import check
+from slm.errors import InputError, check
 from slm.keeper import BestCheckpoint, LastCheckpoint, SelfContained
 from slm.monitor import KnownLimits, ProgressBar, StepMonitor
 from slm.resume import ExactResume
@@ -65,7 +65,10 @@ def check_trainer(asked: Mapping[str, Any]) -> None:
     rule = "must be a whole number of batches, at least 1, or a share of an epoch above 0 and at most 1"
     check(is_fine, f"trainer.val_check_interval={interval} {rule}")
     for name in ("max_time", "val_check_interval"):
-        length = timedelta(**asked[name]) if isinstance(asked[name], dict) else asked[name]
+        try:
+            length = timedelta(**asked[name]) if isinstance(asked[name], dict) else asked[name]
+        except TypeError as error:
+            raise InputError(f"trainer.{name}={asked[name]} is no length of time: {error}") from error
         is_fine = not isinstance(length, timedelta) or length > timedelta(0)
         check(is_fine, f"trainer.{name}={asked[name]} must be longer than no time")
 

@@ -14,7 +14,7 @@ _PATTERNS = {
 }
 _METADATA = re.compile(
     r"README\.md|dataset_infos?\.json|dataset_dict\.json|dummy_data\.zip|"
-    r"(?i:(?:licen[cs]e|copying|notice)(?:\.(?:md|rst|txt))?)"
+    r"(?i:(?:readme|licen[cs]e|copying|notice|changelog|citation)(?:\.(?:md|rst|txt|cff))?)"
 )
 """What lies beside the data in a repository; with `_SETTINGS`, the first are those that `datasets` ignores."""
 _SETTINGS = "config.json"

@@ -24,6 +24,7 @@ from slm.monitor import ProgressBar
 
 Run = Callable[..., str]
 RUN = Path("runs/version_0")
+EARLY = "{trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/loss, mode: sideways}}]}}"
 QUIET = ["--trainer.enable_progress_bar=false"]
 SMALL = [*SMALL_FLAGS, *QUIET, "--trainer.max_epochs=2"]
 
@@ -350,6 +351,12 @@ def test_a_callback_and_a_logger_of_the_users_join_the_projects(slm: Run, workdi
         (["--trainer.val_check_interval=0.0"], "trainer.val_check_interval=0.0 must be a whole number of batches"),
         (["--trainer.val_check_interval={seconds: -1}"], "trainer.val_check_interval={'seconds': -1} must be longer"),
         (["--trainer.max_time={hours: -1}"], "trainer.max_time={'hours': -1} must be longer than no time"),
+        (["--trainer.max_time={foo: 1}"], "trainer.max_time={'foo': 1} is no length of time"),
+        (["--trainer.strategy=ddp_fork"], "trainer.strategy=ddp_fork gives nothing back of what it trains: use ddp"),
+        (["--trainer.logger", "-x"], "trainer.logger needs a value: one that begins with a dash is given as"),
+        (["--config", EARLY], "mode"),
+        (["--data.batch_size=null"], "a class cannot be made with these settings"),
+        (["--model.weight_decay=.inf"], "weight_decay=inf must be at least 0, and finite"),
         (["--trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch=0 must be at least 1"),
         (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1 must be at least 0"),
         (["--trainer.gradient_clip_val=.nan"], "trainer.gradient_clip_val=nan must be at least 0, and finite"),

@@ -243,8 +243,10 @@ def test_a_signal_in_a_validation_does_not_wait_for_its_end(
 def test_a_run_stopped_before_its_first_step_leaves_nothing(
     slm: Callable[..., str], workdir: Path, monkeypatch: pytest.MonkeyPatch, kind: signal.Signals
 ) -> None:
-    signal_in(monkeypatch, "validation_step", kind, step=0)
-    with pytest.raises(SystemExit) as exit_info:
-        slm(*SMALL, "--data.val_fraction=0.5")
-    assert exit_info.value.code == 128 + kind
-    assert list((workdir / "runs").iterdir()) == []
+    for hook in ("validation_step", "on_validation_epoch_end", "on_train_start"):
+        with monkeypatch.context() as patch:
+            signal_in(patch, hook, kind, step=0)
+            with pytest.raises(SystemExit) as exit_info:
+                slm(*SMALL, "--data.val_fraction=0.5")
+        assert exit_info.value.code == 128 + kind
+        assert list((workdir / "runs").iterdir()) == [], hook
