@@ -64,14 +64,14 @@ class MeasuredTrainer(CommandLine):
         check(is_known, f"trainer.precision={plugin.precision}: the other loops know 32-true, bf16-mixed and 16-mixed")
         sizes = {**self.model.hparams, "batch_size": self.datamodule.hparams["batch_size"]}
         device = self.trainer.strategy.root_device
-        fast = str(fast_dtype(device)).removeprefix("torch.")
-        facts: dict[str, Any] = {
+        optimizer = build_optimizer(self.model.transformer, self.model.hparams, fused=True)
+        facts = {
             "precision": plugin.precision,
             "device": device.type,
             "sizes": sizes,
-            "fast_dtype": fast,
+            "fast_dtype": str(fast_dtype(device)).removeprefix("torch."),
+            "optimizer_flops": matmul_flops(optimizer),
         }
-        facts["optimizer_flops"] = matmul_flops(build_optimizer(self.model.transformer, self.model.hparams, fused=True))
         self.trainer.callbacks.append(_Clock(facts))  # type: ignore[attr-defined]
 
 

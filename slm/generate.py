@@ -16,7 +16,7 @@ from slm.decoding import Sampler, decode
 from slm.documents import MARK, read_text
 from slm.endings import ends_in_one_line
 from slm.errors import InputError, check
-from slm.hardware import accelerator_kind
+from slm.hardware import writing_device
 from slm.notices import new_parser, parse_flags, say
 from slm.streaming import TextStream, stored_tokenizer
 from slm.trained import restore
@@ -70,8 +70,7 @@ class Writer:
     """
 
     def __init__(self, ckpt_path: str | Path = "best", accelerator: str = "auto") -> None:
-        device = accelerator_kind(accelerator)
-        check(device in ("cpu", "cuda", "mps"), f"accelerator={accelerator} must be auto, cpu, gpu, cuda or mps")
+        device = writing_device(accelerator)
         self.path, content = open_checkpoint(ckpt_path, prefer="best")
         self.model = restore(self.path, content).to(device)
         self.tokenizer = stored_tokenizer(content.get("tokenizer"), self.model.hparams["vocab_size"])

@@ -15,7 +15,7 @@ from slm.decoding import Sampler, decode
 from slm.endings import ends_in_one_line
 from slm.errors import InputError, check
 from slm.gpt2 import as_gpt2
-from slm.hardware import accelerator_kind
+from slm.hardware import writing_device
 from slm.module import LanguageModel
 from slm.notices import new_parser, parse_flags, say
 
@@ -46,9 +46,7 @@ def measure(
     check(all(size >= 1 for size in batch_sizes), f"batch_sizes={list(batch_sizes)} must be at least 1")
     fits = all(context > PROMPT_TOKENS for context in contexts)
     check(fits, f"contexts={list(contexts)} must be above {PROMPT_TOKENS}, the tokens of the prompt")
-    kind = accelerator_kind(accelerator)
-    check(kind in ("cpu", "cuda", "mps"), f"accelerator={accelerator} must be auto, cpu, gpu, cuda or mps")
-    device = torch.device(kind)
+    device = torch.device(writing_device(accelerator))
     print("| context | batch | slm, tokens/s (lowest to highest) | Hugging Face, tokens/s | ratio |")
     print("|---|---|---|---|---|")
     for context in contexts:

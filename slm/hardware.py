@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from slm.errors import InputError
+from slm.errors import InputError, check
 
 MALLOPT = {"M_MMAP_THRESHOLD": (-3, 2**25), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 64 * 2**20)}
 """Parameters of glibc's mallopt, with the values that let it keep what was freed."""
@@ -110,6 +110,13 @@ def accelerator_kind(asked: str) -> str:
     if (asked == "gpu" and found is None) or not there.get(asked, True):
         raise InputError(f"accelerator={asked}: torch finds none on this machine; leave it out, or use cpu")
     return (found or "cpu") if asked in ("auto", "gpu") else asked
+
+
+def writing_device(asked: str) -> str:
+    """The same, for text that is written without a Trainer: `cuda`, `mps` or `cpu`; raises InputError for any other."""
+    kind = accelerator_kind(asked)
+    check(kind in ("cpu", "cuda", "mps"), f"accelerator={asked} must be auto, cpu, gpu, cuda or mps")
+    return kind
 
 
 def resolve_precision(asked: str, accelerator: str) -> tuple[str, str | None]:

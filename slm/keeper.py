@@ -133,7 +133,7 @@ def hold(run: Path) -> IO[str]:
 
 
 def begin(run: Path, config: str, tokenizer: str | None) -> None:
-    """Put into the folder of a run that begins its settings and its tokenizer, where that is a `tokenizer.json`."""
+    """Put into the folder of a new run its settings and, where it is a `tokenizer.json`, its tokenizer."""
     replace_file(run / "config.yaml", config.encode())
     if tokenizer not in (None, "bytes"):
         replace_file(run / "tokenizer.json", tokenizer.encode())

@@ -13,10 +13,10 @@ _PATTERNS = {
     split: re.compile(rf"(?:^|[-._ 0-9])(?:{'|'.join(words)})(?:[-._ 0-9]|$)") for split, words in KEYWORDS.items()
 }
 _METADATA = re.compile(
-    r"README\.md|dataset_infos?\.json|dataset_dict\.json|dummy_data\.zip|"
+    r"dataset_infos?\.json|dataset_dict\.json|dummy_data\.zip|"
     r"(?i:(?:readme|licen[cs]e|copying|notice|changelog|citation)(?:\.(?:md|rst|txt|cff))?)"
 )
-"""What lies beside the data in a repository; with `_SETTINGS`, the first are those that `datasets` ignores."""
+"""What lies beside the data in a repository, what `datasets` ignores among it, but for `_SETTINGS`."""
 _SETTINGS = "config.json"
 _ROWS = re.compile(r".*\.(?:parquet|(?:jsonl|ndjson)(?:\.gz)?)", re.IGNORECASE | re.DOTALL)
 _JSON = re.compile(r".*\.json(?:\.gz)?", re.IGNORECASE | re.DOTALL)
