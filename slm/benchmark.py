@@ -21,15 +21,15 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from slm.arguments import SUBCOMMANDS
+from slm.baselines import STEPS, Turns, train_in_turns
 from slm.cli import CommandLine
-from slm.endings import ends_in_one_line
+from slm.command.arguments import SUBCOMMANDS
+from slm.command.exit_codes import ends_in_one_line
 from slm.errors import check
 from slm.hardware import compile_mode, fast_dtype, keep_freed_memory, tell_compiled_code_by_its_vectors
-from slm.loss import linear_cross_entropy
-from slm.notices import say, silence_notices
-from slm.optimizer import build_optimizer, matmul_flops
-from slm.peers import STEPS, Turns, train_in_turns
+from slm.messages import say, silence_notices
+from slm.model.loss import linear_cross_entropy
+from slm.training.optimizers import build_optimizer, matmul_flops
 
 ROUNDS, SWEEP_ROUNDS = 9, 3
 OURS, BARE, TEACHING, HUGGING_FACE = "slm", "its bare loop", "teaching script", "Hugging Face GPT-2"
@@ -186,7 +186,7 @@ def measure(flags: list[str], rounds: int, with_peers: bool) -> Measured:
                 contestants[BARE] = Contestant("slm.benchmark", BARE, *argv, is_quiet=True)
                 peers = [TEACHING, *([HUGGING_FACE] if importlib.util.find_spec("transformers") else [])]
                 for name in peers:
-                    contestants[name] = Contestant("slm.peers", name, settings, is_quiet=True)
+                    contestants[name] = Contestant("slm.baselines", name, settings, is_quiet=True)
             dtype = getattr(torch, AUTOCAST.get(facts["precision"], "float32"))
             rates = []
             for number in range(rounds):

@@ -15,24 +15,26 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from slm.arguments import LINKED, CommandLineTrainer, read_request, read_settings
-from slm.changes import check_same_data, say_what_changed
-from slm.checkpoint import RUNS, claim_run, load_weights, open_checkpoint
-from slm.data import NAMED_TOKENIZERS, DummyData, TextData
-from slm.endings import command, ends_in_one_line
+from slm.command.arguments import LINKED, CommandLineTrainer, read_request, read_settings
+from slm.command.changes import check_same_data, say_what_changed
+from slm.command.exit_codes import command, ends_in_one_line
+from slm.command.parser import explain_parser_error
+from slm.command.policy import check_trainer, find_default_config, trainer_arguments
+from slm.command.streams import print_only_messages
+from slm.data import DummyData, TextData
+from slm.data.text_data import NAMED_TOKENIZERS
+from slm.data.token_data import TokenData
 from slm.errors import InputError, check
 from slm.hardware import accelerator_kind, keep_freed_memory, resolve_precision
-from slm.hyperparameters import check_applicable
-from slm.keeper import begin, hold, stopped_by_signals, take_over
-from slm.module import LanguageModel
-from slm.notices import explain_parser_error, say, silence_notices
+from slm.messages import say, silence_notices
 from slm.paths import expand_paths
-from slm.policy import check_trainer, find_default_config, trainer_arguments
-from slm.report import closing_report, evaluated, show_in_tensorboard
-from slm.slurm import note_job
-from slm.streams import print_only_messages
-from slm.token_data import TokenData
-from slm.watch import Watch
+from slm.run.checkpoint import RUNS, claim_run, load_weights, open_checkpoint
+from slm.run.keeper import begin, hold, stopped_by_signals, take_over
+from slm.run.slurm import note_job
+from slm.training.hyperparameters import check_applicable
+from slm.training.language_model import LanguageModel
+from slm.watch.report import closing_report, evaluated, show_in_tensorboard
+from slm.watch.tensorboard import Watch
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from slm.errors import NotWrittenError
-from slm.notices import say
+from slm.messages import say
 
 TEMPORARY = ".unfinished"
 """The suffix of a file that is being written; one that is found at the start of a run is what a kill left."""

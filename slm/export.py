@@ -11,14 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slm.checkpoint import DurableCheckpointIO, open_checkpoint
+from slm.command.exit_codes import ends_in_one_line
+from slm.command.parser import new_parser, parse_flags
 from slm.durable import TEMPORARY, give_usual_modes
-from slm.endings import ends_in_one_line
 from slm.errors import NotWrittenError, check
-from slm.gpt2 import as_gpt2, as_gpt2_tokenizer, import_transformers, read_gpt2
-from slm.notices import new_parser, parse_flags, say, silence_notices
+from slm.messages import say, silence_notices
+from slm.run.checkpoint import DurableCheckpointIO, open_checkpoint
+from slm.run.gpt2 import as_gpt2, as_gpt2_tokenizer, import_transformers, read_gpt2
+from slm.run.trained import restore
 from slm.runs import read_run
-from slm.trained import restore
 
 TOLD = ("data.", "trainer.max_", "trainer.precision", "trainer.gradient_clip", "trainer.accumulate", "seed_everything")
 """Settings that a card tells of, beside those of the model."""

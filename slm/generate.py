@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from slm.checkpoint import open_checkpoint
-from slm.decoding import Sampler, decode
-from slm.documents import MARK, read_text
-from slm.endings import ends_in_one_line
+from slm.command.exit_codes import ends_in_one_line
+from slm.command.parser import new_parser, parse_flags
+from slm.data.documents import MARK, read_text
+from slm.data.text_stream import TextStream, stored_tokenizer
 from slm.errors import InputError, check
 from slm.hardware import writing_device
-from slm.notices import new_parser, parse_flags, say
-from slm.streaming import TextStream, stored_tokenizer
-from slm.trained import restore
+from slm.messages import say
+from slm.model.sampling import Sampler, decode
+from slm.run.checkpoint import open_checkpoint
+from slm.run.trained import restore
 
 
 @dataclass(frozen=True)

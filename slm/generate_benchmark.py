@@ -11,13 +11,14 @@ from itertools import islice
 
 import torch
 
-from slm.decoding import Sampler, decode
-from slm.endings import ends_in_one_line
+from slm.command.exit_codes import ends_in_one_line
+from slm.command.parser import new_parser, parse_flags
 from slm.errors import InputError, check
-from slm.gpt2 import as_gpt2
 from slm.hardware import writing_device
-from slm.module import LanguageModel
-from slm.notices import new_parser, parse_flags, say
+from slm.messages import say
+from slm.model.sampling import Sampler, decode
+from slm.run.gpt2 import as_gpt2
+from slm.training.language_model import LanguageModel
 
 PROMPT_TOKENS = 8
 Continue = Callable[[], object]

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from slm.arguments import read_settings
-from slm.checkpoint import RUNS
-from slm.curves import Curve, read_curves, seconds_drawn
-from slm.endings import ends_in_one_line
+from slm.command.arguments import read_settings
+from slm.command.exit_codes import ends_in_one_line
+from slm.command.parser import new_parser, parse_flags
 from slm.errors import InputError, check
-from slm.hyperparameters import SHAPES
-from slm.notices import new_parser, parse_flags, say, silence_notices
-from slm.transformer import Transformer
+from slm.messages import say, silence_notices
+from slm.model.transformer import Transformer
+from slm.run.checkpoint import RUNS
+from slm.training.hyperparameters import SHAPES
+from slm.watch.curves import Curve, read_curves, seconds_drawn
 
 UNTOLD = ("trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir", "watch.")
 """Settings that change nothing in what a run reaches."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slm.cli import main
 from slm.data import DummyData, TextData, TokenData
-from slm.module import LanguageModel
+from slm.training.language_model import LanguageModel
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"vocab_size": 20, "embed_dim": 16, "num_heads": 2, "num_layers": 1, "hidden_dim": 32, "max_seq_len": 16}

@@ -1,7 +1,7 @@
 """Stop real runs at random instants, resume them, and compare what they end with to a run that was never stopped.
 
 `python -m tests.stress` prints a line for each stop and a table. Its exit status is 1 where a run was lost or ended
-with other bits, or where the runs that resume without `slm.resume` did not.
+with other bits, or where the runs that resume without `slm.run.resume` did not.
 After 23 minutes on two CPU cores it ended with `SIGKILLs in all 108, after the first checkpoint 82, inside a save 23,
 in chains 55`, and this table:
 
@@ -24,7 +24,7 @@ in chains 55`, and this table:
 | read-only folder | 1 | 1 | 1 |  |
 | stopped in a validation | 23 | 23 | 23 | 0, 6 |
 | temporary files on another device | 1 | 1 | 1 | 6, 6 |
-| without slm.resume (must differ) | 1 | 1 | 0 | 0, 0 |
+| without slm.run.resume (must differ) | 1 | 1 | 0 | 0, 0 |
 """
 
 import argparse
@@ -54,10 +54,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from slm.checkpoint import read_checkpoint
-from slm.endings import ends_in_one_line
+from slm.command.exit_codes import ends_in_one_line
 from slm.errors import InputError
-from slm.resume import ExactResume
+from slm.run.checkpoint import read_checkpoint
+from slm.run.resume import ExactResume
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/version_0")
@@ -65,7 +65,7 @@ LAST = RUN / "checkpoints/last.ckpt"
 RESUME = ["--ckpt_path", "last"]
 TIMINGS = "train/tokens_per_second"
 EXIT_STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
-INEXACT = "without slm.resume (must differ)"
+INEXACT = "without slm.run.resume (must differ)"
 PATIENCE = 120
 """Seconds after which a process is taken to hang."""
 

@@ -11,9 +11,9 @@ from conftest import fit, small_data, small_model
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 
+from slm.data.windows import shuffled
 from slm.errors import NotFiniteError
-from slm.loader import shuffled
-from slm.module import LanguageModel
+from slm.training.language_model import LanguageModel
 
 
 class Gradients(Callback):

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from slm.baselines import TeachingScript
 from slm.benchmark import flops_per_step, main
-from slm.module import LanguageModel
-from slm.optimizer import build_optimizer, matmul_flops
-from slm.peers import TeachingScript
+from slm.training.language_model import LanguageModel
+from slm.training.optimizers import build_optimizer, matmul_flops
 
 SIZES = {
     "vocab_size": 70, "embed_dim": 24, "num_heads": 3, "num_layers": 2, "hidden_dim": 40, "max_seq_len": 12,

@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from slm import documents
-from slm.documents import read_documents, read_text
+from slm.data import documents
+from slm.data.documents import read_documents, read_text
+from slm.data.files import look_at
 from slm.errors import InputError
-from slm.files import look_at
 
 WORDS = "A text of some length, in which nothing is remarkable.\n" * 40
 NOT_PACKED = numpy.random.default_rng(0).bytes(3000)

@@ -15,12 +15,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import slm.hardware
-from slm import policy
-from slm.checkpoint import claim_run
 from slm.cli import CommandLine, main
+from slm.command import policy
 from slm.errors import InputError
-from slm.keeper import BestCheckpoint, LastCheckpoint
-from slm.monitor import ProgressBar
+from slm.run.checkpoint import claim_run
+from slm.run.keeper import BestCheckpoint, LastCheckpoint
+from slm.watch.monitor import ProgressBar
 
 Run = Callable[..., str]
 RUN = Path("runs/version_0")
@@ -416,7 +416,7 @@ def test_a_bad_yaml_is_one_line_with_the_key(refused: Run, workdir: Path, conten
 def test_a_missing_or_broken_default_config_is_an_error(
     content: str | None, message: str, workdir: Path, refused: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy, "__file__", str(workdir / "slm/policy.py"))
+    monkeypatch.setattr(policy, "__file__", str(workdir / "slm/command/policy.py"))
     if content is not None:
         (workdir / "configs").mkdir()
         (workdir / "configs/default.yaml").write_text(content)
@@ -463,7 +463,7 @@ def test_an_exception_that_is_a_bug_keeps_its_traceback(slm: Run, monkeypatch: p
     def broken(*_: Any) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("slm.module.LanguageModel.training_step", broken)
+    monkeypatch.setattr("slm.training.language_model.LanguageModel.training_step", broken)
     with pytest.raises(ValueError, match="a bug"):
         slm(*SMALL)
 

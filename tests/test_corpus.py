@@ -19,13 +19,13 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slm import corpus, documents, prepared, tokenizer
-from slm import text as text_module
-from slm.corpus import own_bpe, saved_tokens, token_stream
+from slm.data import corpus, documents, prepared, tokenizer
+from slm.data import text as text_module
+from slm.data.corpus import own_bpe, saved_tokens, token_stream
+from slm.data.prepared import cache_folder
+from slm.data.text import Text
+from slm.data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 from slm.errors import InputError, NotWrittenError
-from slm.prepared import cache_folder
-from slm.text import Text
-from slm.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
 LONG_AGO = 1_000_000_000
 SECONDS = itertools.count(LONG_AGO)
@@ -358,9 +358,9 @@ PREPARE = """
 import sys
 import time
 from pathlib import Path
-from slm.corpus import token_stream
-from slm.text import Text
-from slm.tokenizer import ByteTokenizer
+from slm.data.corpus import token_stream
+from slm.data.text import Text
+from slm.data.tokenizer import ByteTokenizer
 
 class Slow(ByteTokenizer):
     def encode(self, pieces):

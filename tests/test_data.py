@@ -7,8 +7,8 @@ import torch
 from conftest import run_command, small_data
 
 from slm.data import DummyData
+from slm.data.windows import Windows
 from slm.errors import InputError
-from slm.loader import Windows
 
 
 def test_windows_cover_the_stream_and_targets_are_the_tokens_one_later() -> None:
@@ -89,7 +89,7 @@ def test_the_workers_end_with_the_data() -> None:
 def test_a_worker_leaves_signals_to_the_training_process(tmp_path: Path) -> None:
     code = (
         "import os, signal\n"
-        "from slm.token_data import SECONDS_TO_STOP, _leave_signals_to_the_parent\n"
+        "from slm.data.token_data import SECONDS_TO_STOP, _leave_signals_to_the_parent\n"
         "_leave_signals_to_the_parent(0)\n"
         "for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):\n"
         "    os.kill(os.getpid(), signum)\n"

@@ -7,9 +7,9 @@ import torch
 from conftest import likeliest, small_model
 from torch import Tensor
 
-from slm.decoding import CachedNetwork, Sampler, decode
 from slm.errors import InputError
-from slm.transformer import Transformer
+from slm.model.sampling import CachedNetwork, Sampler, decode
+from slm.model.transformer import Transformer
 
 
 def window_after(tokens: list[int], num_given: int, max_seq_len: int) -> list[int]:

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm import documents
-from slm.binary import binary_kind
-from slm.documents import read_documents
+from slm.data import documents
+from slm.data.binary import binary_kind
+from slm.data.documents import read_documents
+from slm.data.files import look_at
 from slm.errors import InputError
-from slm.files import look_at
 
 TEXTS = [
     "naïve Ωμέγα",

@@ -12,9 +12,9 @@ import torch
 from conftest import small_model
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from slm.checkpoint import DurableCheckpointIO, open_checkpoint, read_checkpoint
 from slm.durable import replace_file, sweep
 from slm.errors import InputError, NotWrittenError
+from slm.run.checkpoint import DurableCheckpointIO, open_checkpoint, read_checkpoint
 
 
 class Malicious:

@@ -16,12 +16,12 @@ from conftest import SMALL_FLAGS
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from stress import LAST, SETTINGS, default_signals, finish, first_command, start, step_of
 
-from slm.checkpoint import read_checkpoint
-from slm.endings import ends_in_one_line
+from slm.command.exit_codes import ends_in_one_line
 from slm.errors import NotWrittenError
-from slm.keeper import LastCheckpoint, Stopped
-from slm.module import LanguageModel
-from slm.resume import ExactResume
+from slm.run.checkpoint import read_checkpoint
+from slm.run.keeper import LastCheckpoint, Stopped
+from slm.run.resume import ExactResume
+from slm.training.language_model import LanguageModel
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +173,7 @@ def test_a_save_that_fails_at_a_signal_is_an_error(
         raise NotWrittenError(f"{path} cannot be written: No space left on device")
 
     signal_in(monkeypatch, "training_step", signal.SIGTERM, step=5)
-    monkeypatch.setattr("slm.checkpoint.replace_file", full)
+    monkeypatch.setattr("slm.run.checkpoint.replace_file", full)
     with pytest.raises(SystemExit) as exit_info:
         slm(*SMALL)
     assert exit_info.value.code == 2
@@ -222,7 +222,7 @@ def test_saving_by_the_clock_takes_a_hundredth_of_the_time(monkeypatch: pytest.M
     keeper = LastCheckpoint(tmp_path, ExactResume())
     for seconds, wait in ((0.1, 60.0), (2.0, 200.0)):
         times = iter([1000.0, 1000.0 + seconds])
-        monkeypatch.setattr("slm.keeper.time.monotonic", lambda times=times: next(times))
+        monkeypatch.setattr("slm.run.keeper.time.monotonic", lambda times=times: next(times))
         keeper._save(SimpleNamespace(loggers=[], save_checkpoint=lambda *_, **__: None))  # type: ignore[arg-type]
         assert keeper._next_save == pytest.approx(1000.0 + seconds + wait)
 

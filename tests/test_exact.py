@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import slm.cli
 from slm.cli import main
 from slm.data import DummyData
-from slm.resume import ExactResume
+from slm.run.resume import ExactResume
 
 FLAGS = [
     *SMALL_FLAGS, "--data.num_tokens=2300", "--data.batch_size=8", "--model.dropout=0.1", "--model.plateau_patience=0",
@@ -103,7 +103,7 @@ class Demanding(ReduceLROnPlateau):
 @pytest.fixture(autouse=True)
 def bomb(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives every run the bomb, a schedule that moves, and event files of one second names that sort by age."""
-    monkeypatch.setattr("slm.module.ReduceLROnPlateau", Demanding)
+    monkeypatch.setattr("slm.training.language_model.ReduceLROnPlateau", Demanding)
     monkeypatch.setattr(event_files, "_global_uid", event_files.AtomicCounter(10_000))
     built = slm.cli.trainer_arguments
 
@@ -195,8 +195,8 @@ def test_no_checkpoint_falls_inside_an_accumulation_window(tmp_path: Path, monke
         positions.append(checkpoint["position"]["batch"])
 
     monkeypatch.setattr(ExactResume, "on_save_checkpoint", noting)
-    monkeypatch.setattr("slm.keeper.SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr("slm.keeper.LARGEST_SHARE_OF_TIME", 1e9)
+    monkeypatch.setattr("slm.run.keeper.SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("slm.run.keeper.LARGEST_SHARE_OF_TIME", 1e9)
     run(tmp_path / "often", monkeypatch, "partial windows", [])
     assert set(positions) == {0, 3, 6, 9, 12, 15}
 

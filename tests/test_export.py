@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_FLAGS, likeliest, small_model
 
-from slm.checkpoint import read_checkpoint
-from slm.decoding import decode
+from slm.data.tokenizer import ByteTokenizer, train_bpe
 from slm.export import main
 from slm.generate import write
-from slm.module import LanguageModel
-from slm.tokenizer import ByteTokenizer, train_bpe
-from slm.trained import load
+from slm.model.sampling import decode
+from slm.run.checkpoint import read_checkpoint
+from slm.run.trained import load
+from slm.training.language_model import LanguageModel
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")

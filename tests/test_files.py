@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slm.data.files import find_files, find_splits, matches
 from slm.errors import InputError
-from slm.files import find_files, find_splits, matches
 
 
 def make(folder: Path, *names: str) -> None:

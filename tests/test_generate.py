@@ -11,10 +11,10 @@ import torch
 from conftest import RHYME, small_model
 
 import slm
-from slm.documents import read_documents
-from slm.files import look_at
+from slm.data.documents import read_documents
+from slm.data.files import look_at
+from slm.data.tokenizer import train_bpe
 from slm.generate import Settings, Writer, main, write
-from slm.tokenizer import train_bpe
 
 GREEDY = ["--temperature=0", "--max_new_tokens=8"]
 

@@ -12,8 +12,8 @@ from conftest import ROOT, SMALL_FLAGS, fit, run_command, small_data, small_mode
 from lightning.pytorch import Callback, Trainer
 
 from slm.hardware import LARGEST_GRAPH, compile_mode, has_native_bf16, resolve_precision
-from slm.monitor import ProgressBar, StepMonitor
-from slm.resume import ExactResume
+from slm.run.resume import ExactResume
+from slm.watch.monitor import ProgressBar, StepMonitor
 
 
 def test_16_mixed_stays_on_cuda_and_becomes_32_bit_on_mps() -> None:

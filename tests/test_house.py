@@ -1,7 +1,6 @@
 """The layout of the project: what may import what, and what importing does."""
 
 import ast
-import re
 import sys
 from pathlib import Path
 
@@ -9,7 +8,23 @@ import pytest
 from conftest import ROOT, run_command
 
 PACKAGE = ROOT / "slm"
-ORDER = re.findall(r"^    (\w+)\.py +\S", (PACKAGE / "__init__.py").read_text(), re.M)
+GROUND = "ground"
+WINGS = {  # each with those that it may import from
+    GROUND: set(),
+    "model": {GROUND},
+    "training": {GROUND, "model"},
+    "data": {GROUND},
+    "run": {GROUND, "model", "training", "data"},
+    "watch": {GROUND, "model", "training", "data", "run"},
+    "command": {GROUND, "model", "training", "data", "run", "watch"},
+    "doors": {GROUND, "model", "training", "data", "run", "watch", "command"},
+}
+ON_THE_GROUND = {"errors", "durable", "hardware", "messages", "paths"}
+FILES = {
+    ".".join(("slm", *file.relative_to(PACKAGE).with_suffix("").parts)): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+    if file != PACKAGE / "__init__.py"
+}
 
 
 def imports_of(file: Path) -> set[str]:
@@ -25,25 +40,45 @@ def imports_of(file: Path) -> set[str]:
     return names
 
 
-def test_the_package_maps_every_file() -> None:
-    assert sorted(ORDER) == sorted(file.stem for file in PACKAGE.glob("*.py") if file.stem != "__init__")
+def wing_of(module: str) -> str:
+    first, *rest = module.removeprefix("slm.").split(".")
+    if not rest and first not in WINGS:
+        return GROUND if first in ON_THE_GROUND else "doors"
+    return first
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_file_imports_only_from_files_above_it(name: str) -> None:
-    below = ORDER[ORDER.index(name) :]
-    assert imports_of(PACKAGE / f"{name}.py") & {f"slm.{other}" for other in below} == set()
+def ours_in(module: str) -> set[str]:
+    """The files of the package that a file imports; a wing's `__init__` where that is named."""
+    found = {name for name in imports_of(FILES[module]) if name.startswith("slm.")}
+    known = {name.removesuffix(".__init__") for name in FILES}
+    return {name for name in found if name in known} - {module}
+
+
+def test_there_are_no_other_wings() -> None:
+    assert {wing_of(module) for module in FILES} == {*WINGS}
+    assert {f"slm.{name}" for name in ON_THE_GROUND} <= FILES.keys()
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_file_imports_only_from_wings_below_its_own(module: str) -> None:
+    wing = wing_of(module)
+    assert {wing_of(other) for other in ours_in(module)} <= {wing, *WINGS[wing]}
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    left = {name.removesuffix(".__init__"): ours_in(name) for name in FILES}
+    while free := {name for name, others in left.items() if not others & left.keys()}:
+        left = {name: others for name, others in left.items() if name not in free}
+    assert left == {}
 
 
 def test_the_network_knows_torch_alone() -> None:
-    for name in ("transformer", "accumulation", "hardware", "source", "loader"):
-        packages = {module.partition(".")[0] for module in imports_of(PACKAGE / f"{name}.py")}
-        assert packages - set(sys.stdlib_module_names) <= {"torch", "slm"}, name
-
-
-def test_module_and_data_never_import_one_another() -> None:
-    assert not {"slm.data", "slm.source", "slm.corpus"} & imports_of(PACKAGE / "module.py")
-    assert "slm.module" not in imports_of(PACKAGE / "data.py")
+    for module, file in FILES.items():
+        packages = {name.partition(".")[0] for name in imports_of(file)} - {*sys.stdlib_module_names}
+        if wing_of(module) == "model":
+            assert packages <= {"torch", "slm"}, module
+        if wing_of(module) in ("training", "data"):
+            assert not packages & {"jsonargparse", "tensorboard"}, module
 
 
 def test_importing_the_package_does_nothing() -> None:

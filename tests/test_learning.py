@@ -8,8 +8,8 @@ from conftest import fit
 from torch import Tensor, nn
 
 from slm.data import DummyData
-from slm.module import LanguageModel
-from slm.source import MarkovSource
+from slm.data.dummy import MarkovSource
+from slm.training.language_model import LanguageModel
 
 
 class NoAttention(nn.Module):

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from slm.loader import CHUNK, ShuffledOrder, StreamOrder, Windows, shuffled
+from slm.data.windows import CHUNK, ShuffledOrder, StreamOrder, Windows, shuffled
 
 
 def order(size: int, seed: int = 0, epoch: int = 0) -> list[int]:

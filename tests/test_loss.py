@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slm import loss as slm_loss
-from slm.loss import linear_cross_entropy, sum_and_correct
+from slm.model import loss as slm_loss
+from slm.model.loss import linear_cross_entropy, sum_and_correct
 
 DEVICES = ["cpu", "cpu as a GPU", pytest.param("cuda", marks=pytest.mark.gpu)]
 """The second takes a GPU's path on the CPU, so that it is held to the same on a machine without one."""

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from slm.errors import InputError
-from slm.module import LanguageModel
+from slm.training.language_model import LanguageModel
 
 
 class Recorder(Callback):

@@ -13,10 +13,10 @@ from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slm import monitor
 from slm.data import DummyData
-from slm.monitor import KnownLimits, ProgressBar, StepMonitor
-from slm.resume import ExactResume
+from slm.run.resume import ExactResume
+from slm.watch import monitor
+from slm.watch.monitor import KnownLimits, ProgressBar, StepMonitor
 
 Run = Callable[..., str]
 RUN = Path("runs/version_0")

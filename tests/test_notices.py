@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 
-from slm.notices import LOG_LINES, WARNINGS, explain_parser_error, silence_notices
+from slm.command.parser import explain_parser_error
+from slm.messages import LOG_LINES, WARNINGS, silence_notices
 
 
 def test_an_unknown_warning_still_appears(recwarn: pytest.WarningsRecorder) -> None:

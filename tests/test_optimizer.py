@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from slm.errors import InputError
-from slm.optimizer import MuonWithAdamW, cosine_rate, orthogonalized
+from slm.training.optimizers import MuonWithAdamW, cosine_rate, orthogonalized
 
 
 class Steps(Callback):
@@ -135,7 +135,9 @@ def both(matrices: list[torch.nn.Parameter], others: list[torch.nn.Parameter]) -
 
 
 def test_muon_and_adamw_step_each_its_part_as_those_of_torch_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slm.optimizer.fast_dtype", lambda device: torch.bfloat16)  # as torch has it everywhere
+    monkeypatch.setattr(
+        "slm.training.optimizers.fast_dtype", lambda device: torch.bfloat16
+    )  # as torch has it everywhere
     matrix, vector = parts()
     optimizer = both([matrix], [vector])
     alone, beside = parts()

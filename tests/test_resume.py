@@ -18,8 +18,8 @@ from jsonargparse import get_loader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import slm as package
-from slm.checkpoint import newest_run, read_checkpoint, resolve_checkpoint
 from slm.errors import InputError
+from slm.run.checkpoint import newest_run, read_checkpoint, resolve_checkpoint
 
 Run = Callable[..., str]
 RUN = Path("runs/version_0")
@@ -154,7 +154,7 @@ def test_an_exception_leaves_a_last_checkpoint(slm: Run, monkeypatch: pytest.Mon
             raise RuntimeError("out of luck")
         return original(self, batch, batch_idx)
 
-    monkeypatch.setattr("slm.module.LanguageModel.training_step", fails_at_step_3)
+    monkeypatch.setattr("slm.training.language_model.LanguageModel.training_step", fails_at_step_3)
     with pytest.raises(RuntimeError, match="out of luck"):
         slm(*SMALL, "--data.batch_size=8")
     assert steps() == 3
@@ -165,7 +165,7 @@ def test_a_run_killed_after_a_validation_within_an_epoch_goes_on_from_there(work
     code = (
         "import os, sys\n"
         "from slm.cli import main\n"
-        "from slm.module import LanguageModel\n"
+        "from slm.training.language_model import LanguageModel\n"
         "original = LanguageModel.training_step\n"
         "def step(self, batch, batch_idx):\n"
         "    if self.global_step == 9: os._exit(9)\n"
@@ -445,7 +445,7 @@ def test_a_copied_checkpoint_does_not_choose_what_code_is_imported(
 def test_a_state_that_could_not_be_read_again_is_refused_when_it_is_saved(
     slm: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("slm.keeper.LastCheckpoint.state_dict", lambda self: {"path": Path("somewhere")})
+    monkeypatch.setattr("slm.run.keeper.LastCheckpoint.state_dict", lambda self: {"path": Path("somewhere")})
     with pytest.raises(SystemExit) as exit_info:
         slm(*SMALL)
     assert exit_info.value.code == 2
@@ -570,7 +570,12 @@ def test_whatever_goes_wrong_before_the_first_step_leaves_no_run(slm: Run, monke
     def fail(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
-    for place in ("slm.cli.hold", "slm.cli.begin", "slm.cli.trainer_arguments", "slm.module.LanguageModel.setup"):
+    for place in (
+        "slm.cli.hold",
+        "slm.cli.begin",
+        "slm.cli.trainer_arguments",
+        "slm.training.language_model.LanguageModel.setup",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, fail)
             with pytest.raises(KeyError):
@@ -589,10 +594,8 @@ def test_a_signal_before_the_first_step_leaves_no_run(slm: Run, monkeypatch: pyt
 
 
 def test_a_run_that_another_process_trains_is_left_alone(trained: Path, refused: Run) -> None:
-    code = (
-        "import time; from pathlib import Path; from slm.keeper import hold; held = hold(Path()); print(1, flush=True)"
-    )
-    command = [sys.executable, "-c", f"{code}; time.sleep(100)"]
+    code = "import time; from pathlib import Path; from slm.run.keeper import hold; held = hold(Path())"
+    command = [sys.executable, "-c", f"{code}; print(1, flush=True); time.sleep(100)"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=trained) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"1\n"

@@ -12,8 +12,8 @@ import torch
 from conftest import SMALL_FLAGS
 from test_endings import signal_in
 
-from slm.checkpoint import read_checkpoint
 from slm.cli import main
+from slm.run.checkpoint import read_checkpoint
 
 Run = Callable[..., str]
 SMALL = [*SMALL_FLAGS, "--trainer.enable_progress_bar=false", "--data.batch_size=8", "--trainer.accelerator=cpu"]

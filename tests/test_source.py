@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 
-from slm.source import MarkovSource, UniformSource
+from slm.data.dummy import MarkovSource, UniformSource
 
 
 def estimate(tokens: list[int], order: int) -> float:

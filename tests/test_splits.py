@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slm.splits import KEYWORDS, data_names, held_out_split, named_splits, split_of
+from slm.data.splits import KEYWORDS, data_names, held_out_split, named_splits, split_of
 
 LAYOUTS = [
     ["train/a.txt", "train/b.txt", "validation/a.txt"],

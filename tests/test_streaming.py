@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm.streaming import TextStream
-from slm.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, train_bpe
+from slm.data.text_stream import TextStream
+from slm.data.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, train_bpe
 
 tokenizers = pytest.importorskip("tokenizers")
 BPE = train_bpe(iter(["the cat sat on the mat, où la chatte était assise 你好 🙂"]), 300)

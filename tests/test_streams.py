@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_FLAGS, run_command, small_model
 
-from slm.checkpoint import read_checkpoint
+from slm.run.checkpoint import read_checkpoint
 
 TRAIN = [str(ROOT / "train.py"), *SMALL_FLAGS, "--data.batch_size=8"]
 LAST = Path("runs/version_0/checkpoints/last.ckpt")
@@ -39,8 +39,8 @@ def shell(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[st
 def ending(body: str, redirection: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """A command that does `body`, as every command of the project ends."""
     (cwd / "command.py").write_text(
-        "import sys\nfrom slm.endings import ends_in_one_line\nfrom slm.notices import say\n"
-        f"from slm.streams import print_only_messages\nwith ends_in_one_line():\n    {body}\n"
+        "import sys\nfrom slm.command.exit_codes import ends_in_one_line\nfrom slm.messages import say\n"
+        f"from slm.command.streams import print_only_messages\nwith ends_in_one_line():\n    {body}\n"
     )
     return shell(f'{{ "$PYTHON" command.py {redirection}; }}', cwd, PYTHONPATH=str(ROOT), **env)
 
@@ -173,7 +173,7 @@ def test_a_ctrl_c_whose_answer_cannot_be_shown_still_stops_the_run(
         raise OSError(5, "the terminal has gone")
 
     signal_in(monkeypatch, "training_step", signal.SIGINT, step=2)
-    monkeypatch.setattr("slm.keeper.os.write", fail)
+    monkeypatch.setattr("slm.run.keeper.os.write", fail)
     with pytest.raises(SystemExit) as exit_info:
         slm(*SMALL_FLAGS, "--data.batch_size=8")
     assert exit_info.value.code == 130

@@ -15,11 +15,11 @@ from conftest import fit, small_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm.checkpoint import read_checkpoint
 from slm.data import TextData
+from slm.data.token_data import TokenData
+from slm.data.tokenizer import load_tokenizer, train_bpe
 from slm.errors import InputError
-from slm.token_data import TokenData
-from slm.tokenizer import load_tokenizer, train_bpe
+from slm.run.checkpoint import read_checkpoint
 
 Run = Callable[..., str]
 RUN = Path("runs/version_0")

@@ -12,9 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm import tokenizer as module
-from slm.errors import InputError
-from slm.tokenizer import (
+from slm.data import tokenizer as module
+from slm.data.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,
     SubwordTokenizer,
@@ -24,6 +23,7 @@ from slm.tokenizer import (
     read_tokenizer,
     train_bpe,
 )
+from slm.errors import InputError
 
 tokenizers = pytest.importorskip("tokenizers")
 TEXT = "".join(text for _, text in sorted(topics.items())[:20])

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slm import transformer
 from slm.errors import InputError
-from slm.transformer import Block, CausalSelfAttention, FeedForward, Transformer, drop
+from slm.model import transformer
+from slm.model.transformer import Block, CausalSelfAttention, FeedForward, Transformer, drop
 
 SIZES = {
     "vocab_size": 50,

@@ -11,13 +11,13 @@ from conftest import ROOT, SMALL_FLAGS, small_model
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from slm import watch
-from slm.curves import read_curves
-from slm.drawing import CELL, Line, attention_image, loss_chart, ticks
-from slm.report import losses
-from slm.streaming import Numbers
-from slm.tokenizer import ByteTokenizer
-from slm.watch import attention, label
+from slm.data.text_stream import Numbers
+from slm.data.tokenizer import ByteTokenizer
+from slm.watch import tensorboard as watch
+from slm.watch.curves import read_curves
+from slm.watch.drawing import CELL, Line, attention_image, loss_chart, ticks
+from slm.watch.report import losses
+from slm.watch.tensorboard import attention, label
 
 Run = Callable[..., str]
 RUN = Path("runs/version_0")
@@ -145,7 +145,7 @@ def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None
 
 def test_a_fall_of_the_rate_is_marked_at_the_validation_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("slm.report.loss_chart", lambda *arguments: seen.append(arguments[3]))
+    monkeypatch.setattr("slm.watch.report.loss_chart", lambda *arguments: seen.append(arguments[3]))
     curves = {"val/loss": [(14, 2.0), (29, 2.0)], "lr": [(9, 1e-3), (19, 1e-3), (39, 5e-4), (49, 5e-4)]}
     losses("run", curves, None, True)
     losses("run", curves, None, False)

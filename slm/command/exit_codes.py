@@ -1,0 +1,93 @@
+"""How a command ends: its exit status and its last line."""
+
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from slm.command.streams import failure_to_print, standard_streams
+from slm.errors import InputError
+from slm.messages import say
+from slm.run.keeper import Stopped
+from slm.run.slurm import requeue, requeue_signals
+
+
+@contextmanager
+def ends_in_one_line() -> Iterator[None]:
+    """Turn what ends a command into one line on stderr and an exit status.
+
+    A user's mistake is status 2, and SLM_TRACEBACK=1 shows where it came from; SIGTERM is 143 and Ctrl-C 130, as a
+    shell or a scheduler expects. Any other exception is a bug and passes. A message that cannot be printed changes
+    nothing; a result that cannot ends the command with status 1, as it does `cat`.
+    """
+    with standard_streams():
+        stop: SystemExit | None = None
+        try:
+            with _status_of_every_ending():
+                yield
+        except SystemExit as error:  # --help ends so, too
+            stop = error
+        except Exception:
+            if failure_to_print() is None:
+                raise
+        if not (stop and stop.code) and (failure := failure_to_print()):
+            if isinstance(failure, BrokenPipeError):  # the reader of the output has gone, as `head` does
+                sys.exit(128 + 13)  # SIGPIPE, which Windows does not name
+            say(f"error: the output cannot be written: {failure.strerror}")
+            sys.exit(1)
+        if stop is not None:
+            raise stop
+
+
+@contextmanager
+def _status_of_every_ending() -> Iterator[None]:
+    try:
+        yield
+        _leave_process_group()
+    except Stopped as stop:
+        _leave_process_group()
+        say(f"{stop}; go on with {command()} --ckpt_path {shlex.quote(str(stop.path))}" if stop.path else str(stop))
+        is_to_go_on = stop.path is not None or stop.step == 0
+        if stop.signum in requeue_signals() and is_to_go_on and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            requeue()
+        sys.exit(128 + stop.signum)
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+            sys.exit(128 + signal.SIGINT)  # Lightning makes it SystemExit(1)
+        raise
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        is_meant = isinstance(error, InputError | MisconfigurationException) or _is_raised_by_lightning(error)
+        if not is_meant or os.environ.get("SLM_TRACEBACK"):
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def command() -> str:
+    """How this process was started, without its arguments, as its user would type it again."""
+    return shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1])
+
+
+def _leave_process_group() -> None:
+    """Join the threads of a process group, as Lightning does for NCCL alone.
+
+    One of gloo's that lets go of its last tensor while the interpreter shuts down aborts the process, now and then.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _is_raised_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning itself raised this, as it does for settings that do not fit; anything else is a bug."""
+    module = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return module.startswith("lightning.")

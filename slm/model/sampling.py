@@ -1,0 +1,146 @@
+"""Tokens out of a trained network, one after another.
+
+B batch, T time, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slm.errors import check
+from slm.model.transformer import Transformer, gelu
+
+SMALLEST_TEMPERATURE = 1e-30
+"""Below it logits divided by it are no longer finite; with it the likeliest token has all of the probability."""
+
+
+class CachedNetwork:
+    """A network that sees each token of growing sequences once, and keeps its keys and values.
+
+    It is `Transformer.forward` in eval mode, written with the weights alone: at a batch of one, calling the modules
+    takes as long as their arithmetic (default model on a CPU: 182 microseconds a token, and 91 so).
+
+    Args:
+        transformer: whose weights it takes; they are not copied.
+        batch_size: of the sequences, which grow up to `max_seq_len`.
+    """
+
+    def __init__(self, transformer: Transformer, batch_size: int) -> None:
+        self.length = 0
+        self.tokens, self.positions = transformer.token_embedding.weight, transformer.position_embedding.weight
+        self.blocks = [[_weights(layer) for layer in _layers(block)] for block in transformer.blocks]
+        self.final_norm = _weights(transformer.final_norm)
+        max_seq_len, embed_dim = self.positions.shape
+        self.num_heads = transformer.num_heads
+        room = (2, batch_size, self.num_heads, max_seq_len, embed_dim // self.num_heads)
+        self.kept = [self.tokens.new_empty(room) for _ in self.blocks]  # keys and values
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Hidden states (B, D) of the last position; tokens (B, T) are the first, later (B, 1) those that follow."""
+        batch_size, seq_len = tokens.shape
+        start, self.length = self.length, self.length + seq_len
+        x = F.embedding(tokens, self.tokens) + self.positions[start : self.length]  # (B, T, D)
+        for (attn_norm, qkv, out, ff_norm, up, down), kept in zip(self.blocks, self.kept, strict=True):
+            heads = F.linear(_norm(x, attn_norm), *qkv).view(batch_size, seq_len, 3, self.num_heads, -1)
+            heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D / H)
+            kept[..., start : self.length, :] = heads[1:]
+            q, (k, v) = heads[0], kept[..., : self.length, :]
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=seq_len > 1)
+            x = x + F.linear(attended.transpose(1, 2).flatten(2), *out)
+            x = x + F.linear(gelu(F.linear(_norm(x, ff_norm), *up)), *down)
+        return _norm(x[:, -1], self.final_norm)
+
+
+def _layers(block: Any) -> Iterator[nn.Module]:
+    yield from (block.attn_norm, block.attn.qkv, block.attn.out, block.ff_norm, block.ff.up, block.ff.down)
+
+
+def _weights(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.weight, layer.bias
+
+
+def _norm(x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.layer_norm(x, (x.shape[-1],), *weights)
+
+
+@torch.inference_mode()
+def decode(transformer: Transformer, tokens: Tensor, choose: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """The tokens (B,) that go on from tokens (B, T) of at least one position, one after another, without end.
+
+    There are learned positions up to `max_seq_len`. A sequence that grows longer is begun anew with the last half of
+    that many tokens, and goes on from there: the network never sees less than that, and seldom the same token twice.
+    Of tokens that are more from the start it sees the last `max_seq_len`.
+
+    Args:
+        transformer: the network.
+        tokens: int64, on its device.
+        choose: the next token (B,) of each sequence, from logits (B, V).
+    """
+    window = tokens[:, -transformer.max_seq_len :]
+    unseen, network = window, CachedNetwork(transformer, len(window))
+    while True:
+        chosen = choose(transformer.logits(network(unseen)))
+        yield chosen
+        unseen = chosen[:, None]
+        window = torch.cat([window, unseen], dim=1)
+        if window.shape[1] > transformer.max_seq_len:
+            unseen = window = window[:, -max(1, transformer.max_seq_len // 2) :]
+            network.length = 0
+
+
+class Sampler:
+    """Chooses the next token of each sequence: the likeliest at a temperature of 0, else one is drawn.
+
+    Args:
+        temperature: what the logits are divided by.
+        top_k: how many of the likeliest tokens are left to draw from; None for all.
+        top_p: share of the probability that is left, in the likeliest tokens that together have it (Holtzman et al.,
+            2020, "The Curious Case of Neural Text Degeneration").
+        seed: of the first sequence; the ones after it have the numbers that follow, so that each is drawn the same
+            whatever is drawn beside it.
+
+    Raises:
+        InputError: a value out of its range.
+    """
+
+    def __init__(
+        self, temperature: float = 0.8, top_k: int | None = None, top_p: float = 1.0, seed: int = 0, batch_size: int = 1
+    ) -> None:
+        check(0 <= temperature < math.inf, f"temperature={temperature} must be at least 0 and finite")
+        check(top_k is None or top_k >= 1, f"top_k={top_k} must be at least 1")
+        check(0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1")
+        check(0 <= seed < 2**63, f"seed={seed} must be at least 0 and below 2**63")
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self._generators = [torch.Generator().manual_seed(seed + row) for row in range(batch_size)]
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Tokens (B,) from logits (B, V), on their device; raises InputError where these are not finite."""
+        if self.temperature == 0:
+            likeliest = logits.max(-1)
+            _check_finite(likeliest.values)
+            return likeliest.indices
+        cumulated = self.probabilities(logits.cpu()).cumsum(-1)  # where sums are the same each time, and rise
+        total = cumulated[:, -1:]
+        _check_finite(total)
+        drawn = 1 - torch.cat([torch.rand(1, generator=generator) for generator in self._generators])  # in (0, 1]
+        return torch.searchsorted(cumulated, drawn[:, None] * total)[:, 0].to(logits.device)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What is drawn from, (B, V), for a temperature above 0; its sum is the share that `top_p` leaves."""
+        logits = logits.float() / max(self.temperature, SMALLEST_TEMPERATURE)
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -math.inf)
+        probabilities = logits.softmax(-1)
+        if self.top_p < 1:
+            ordered, order = probabilities.sort(-1, descending=True)
+            likelier = ordered.cumsum(-1) - ordered
+            probabilities = probabilities.scatter(-1, order, ordered.masked_fill(likelier >= self.top_p, 0.0))
+        return probabilities
+
+
+def _check_finite(values: Tensor) -> None:
+    check(bool(values.isfinite().all()), "the model's logits are not finite: take a checkpoint from before it diverged")

@@ -1,0 +1,1 @@
+"""What makes a run whole: checkpoints, exact resume, signals, the run's folder."""

@@ -1,0 +1,1 @@
+"""What trains the network: the LightningModule, its optimizers and schedules."""

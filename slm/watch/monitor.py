@@ -1,0 +1,162 @@
+"""What a run shows: its bar, its speed, and the known optimum beside the loss."""
+
+import math
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
+from torchmetrics import SumMetric
+
+from slm.training.language_model import LanguageModel
+
+SPEED = "train/tokens_per_second"
+SECONDS_BETWEEN_REFRESHES = 0.1
+
+
+class ProgressBar(TQDMProgressBar):
+    """One line an epoch: loss, validation loss and tokens per second."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 10, leave=True)
+        self._shown: dict[str, Any] = {}
+        self._next_refresh = 0.0
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        """Begin inside an epoch where a resumed run does."""
+        super().on_train_start(trainer)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if done:
+            self.on_train_epoch_start(trainer)
+            self.train_progress_bar.initial = self.train_progress_bar.n = done
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Draw it ten times a second at most: a small model's step is over sooner than that is done."""
+        if trainer.global_step == 1 or _is_logging(trainer):
+            self._read(trainer)
+        now = time.perf_counter()
+        if now >= self._next_refresh or trainer.is_last_batch:
+            self._next_refresh = now + SECONDS_BETWEEN_REFRESHES
+            super().on_train_batch_end(trainer, *args)
+
+    def on_exception(self, *_: Any) -> None:
+        """Give what is said next a line of its own."""
+        for bar in (self._train_progress_bar, self._val_progress_bar):
+            if bar is not None:
+                bar.close()
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Of the last logging step: to read them is to wait for the device, which no step in between has to."""
+        if not trainer.training:
+            self._read(trainer)
+        return self._shown
+
+    def _read(self, trainer: Trainer) -> None:
+        metrics = trainer.callback_metrics
+        shown = {"loss": ("train/loss", ".3f"), "val_loss": ("val/loss", ".3f"), "tokens/s": (SPEED, ",.0f")}
+        self._shown = {name: format(metrics[tag], style) for name, (tag, style) in shown.items() if tag in metrics}
+
+
+def _is_logging(trainer: Trainer) -> bool:
+    step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(interval and step % interval == 0)
+
+
+class StepMonitor(Callback):
+    """Logs the learning rate, the tokens trained on, and how many a second between two log points, on all devices.
+
+    Fetching data and logging count; the clock stands still from the start of a validation or the writing of a
+    checkpoint to the next training batch.
+    """
+
+    def __init__(self) -> None:
+        self._running_since: float | None = None
+        self._elapsed = 0.0
+        self._tokens = 0
+        self._logged_step = 0
+        self._step = 0
+        self._window_tokens = 0
+        self._all_tokens = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the steps that are done: an accumulation window that is not is trained again."""
+        return {"tokens": self._all_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._all_tokens = state_dict["tokens"]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step = trainer.global_step
+        if self._running_since is None:
+            self._running_since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
+    ) -> None:
+        self._tokens += batch[0].numel() * trainer.world_size
+        self._window_tokens += batch[0].numel() * trainer.world_size
+        step = trainer.global_step
+        if step != self._step:
+            self._all_tokens, self._window_tokens = self._all_tokens + self._window_tokens, 0
+        if _is_logging(trainer) and step != self._logged_step:
+            self._stop_clock()
+            pl_module.log(SPEED, self._tokens / self._elapsed)
+            pl_module.log("train/tokens", float(self._all_tokens))
+            pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"])
+            self._running_since = time.perf_counter()
+            self._elapsed, self._tokens, self._logged_step = 0.0, 0, step
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_clock()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._stop_clock()
+
+    def _stop_clock(self) -> None:
+        if self._running_since is not None:
+            self._elapsed += time.perf_counter() - self._running_since
+            self._running_since = None
+
+
+class KnownLimits(Callback):
+    """Logs beside the validation loss what is known of the data: its optimum, and the loss in bits per byte."""
+
+    def __init__(self) -> None:
+        self._num_bytes = SumMetric()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._num_bytes = SumMetric().to(pl_module.device)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        token_bytes = trainer.datamodule.token_bytes  # type: ignore[attr-defined]
+        if token_bytes is not None:
+            self._num_bytes.update(token_bytes.to(pl_module.device)[batch[1]].sum())
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module, "test")
+
+    def _log(self, trainer: Trainer, module: LightningModule, split: str) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(module, LanguageModel)
+        if data.optimum is not None:
+            module.log(f"{split}/optimum", data.optimum, sync_dist=True)
+        if data.token_bytes is not None:
+            bits = module.loss_sum.compute() / math.log(2)
+            module.log(f"{split}/bits_per_byte", bits / self._num_bytes.compute(), sync_dist=True)
