@@ -24,7 +24,7 @@ _HOME = {
     "LanguageModel": "training.language_model",
     "Settings": "generate",
     "Writer": "generate",
-    "load": "run.trained",
+    "load": "run.loading",
     "write": "generate",
 }
 

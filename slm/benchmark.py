@@ -22,13 +22,20 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from slm.baselines import STEPS, Turns, train_in_turns
-from slm.cli import CommandLine
-from slm.command.arguments import SUBCOMMANDS
+from slm.cli import train
 from slm.command.exit_codes import ends_in_one_line
+from slm.command.policy import resolve_devices
+from slm.command.settings import SUBCOMMANDS, read_command
 from slm.errors import check
-from slm.hardware import compile_mode, fast_dtype, keep_freed_memory, tell_compiled_code_by_its_vectors
+from slm.hardware import (
+    accelerator_kind,
+    compile_mode,
+    fast_dtype,
+    keep_freed_memory,
+    tell_compiled_code_by_its_vectors,
+)
 from slm.messages import say, silence_notices
-from slm.model.loss import linear_cross_entropy
+from slm.run.signals import Progress
 from slm.training.optimizers import build_optimizer, matmul_flops
 
 ROUNDS, SWEEP_ROUNDS = 9, 3
@@ -52,58 +59,54 @@ def flops_per_step(sizes: Mapping[str, int]) -> int:
     return 3 * per_token * sizes["batch_size"] * seq_len
 
 
-class MeasuredTrainer(CommandLine):
-    """The command as it is, but for its end: a validation never comes, and each round of steps is timed."""
+class Clock(Callback):
+    """Times the command as it is, in rounds of steps; it never validates, and has no end but this one's."""
 
-    def before_fit(self) -> None:
-        plugin = self.trainer.precision_plugin
-        several, devices = self.trainer.accumulate_grad_batches, self.trainer.world_size
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        plugin = trainer.precision_plugin
+        several, devices = trainer.accumulate_grad_batches, trainer.world_size
         check(several == 1, f"trainer.accumulate_grad_batches={several}: the benchmark counts steps of one batch")
         check(devices == 1, f"{devices} devices: the benchmark measures one, add --trainer.devices 1")
         is_known = plugin.precision in ("32-true", *AUTOCAST)
         check(is_known, f"trainer.precision={plugin.precision}: the other loops know 32-true, bf16-mixed and 16-mixed")
-        sizes = {**self.model.hparams, "batch_size": self.datamodule.hparams["batch_size"]}
-        device = self.trainer.strategy.root_device
-        optimizer = build_optimizer(self.model.transformer, self.model.hparams, fused=True)
-        facts = {
+        device = trainer.strategy.root_device
+        self.turns = Turns()
+        self.facts = {
             "precision": plugin.precision,
             "device": device.type,
-            "sizes": sizes,
+            "sizes": {**pl_module.hparams, "batch_size": trainer.datamodule.hparams["batch_size"]},
             "fast_dtype": str(fast_dtype(device)).removeprefix("torch."),
-            "optimizer_flops": matmul_flops(optimizer),
+            "optimizer_flops": matmul_flops(trainer.optimizers[0]),
         }
-        self.trainer.callbacks.append(_Clock(facts))  # type: ignore[attr-defined]
-
-
-class _Clock(Callback):
-    def __init__(self, facts: dict[str, Any]) -> None:
-        self.facts, self.turns = facts, Turns()
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.fit_loop._should_accumulate():
-            return
         self.turns.after_step(trainer.strategy.root_device, self.facts)
 
 
-class BareLoop(CommandLine):
-    """Model, data, loss and optimizer of the command, in the plain loop that the peers have too."""
+def train_bare(argv: list[str]) -> None:
+    """Train model and data of the command, with its loss and optimizer, in the plain loop that the peers have too."""
+    command = read_command(argv)
+    torch.manual_seed(command.settings.seed_everything)
+    model = command.new_model()
+    data = command.new_data(model)
+    data.setup()
+    asked = command.instantiate().trainer
+    autocast = AUTOCAST.get(resolve_devices(asked))
+    device = torch.device(accelerator_kind(asked.accelerator))
+    transformer = model.to(device).transformer
+    if model.hparams["compile"]:
+        tell_compiled_code_by_its_vectors()
+        transformer.compile(mode=compile_mode(device.type, transformer))
+    batches = chain.from_iterable(repeat(data.train_dataloader()))
 
-    def fit(self, **_: Any) -> None:
-        device = self.trainer.strategy.root_device
-        transformer = self.model.to(device).transformer
-        optimizer = self.model.configure_optimizers()
-        optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
-        if self.model.hparams["compile"]:
-            tell_compiled_code_by_its_vectors()
-            transformer.compile(mode=compile_mode(device.type, transformer))
-        batches = chain.from_iterable(repeat(self.datamodule.train_dataloader()))
-        name = AUTOCAST.get(self.trainer.precision_plugin.precision)
+    def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
+        hidden = transformer(tokens.to(device)).flatten(0, 1)  # (BT, D)
+        return model.loss(hidden, targets.flatten())
 
-        def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
-            hidden = transformer(tokens.to(device)).flatten(0, 1)  # (BT, D)
-            return linear_cross_entropy(hidden, transformer.token_embedding.weight, targets.flatten())
-
-        train_in_turns(transformer, loss_of, optimizer, lambda: next(batches), getattr(torch, name) if name else None)
+    optimizer = build_optimizer(transformer, model.hparams, fused=autocast != "float16")
+    train_in_turns(
+        transformer, loss_of, optimizer, lambda: next(batches), getattr(torch, autocast) if autocast else None
+    )
 
 
 class Contestant:
@@ -264,10 +267,12 @@ def sweep(name: str, values: str, flags: list[str]) -> Iterator[str]:
 def main(argv: list[str]) -> None:
     silence_notices()
     with ends_in_one_line():
-        loops = {OURS: MeasuredTrainer, BARE: BareLoop}
-        if argv and argv[0] in loops:
+        if argv and argv[0] in (OURS, BARE):
             keep_freed_memory()
-            loops[argv[0]](argv[1:])
+            if argv[0] == BARE:
+                train_bare(argv[1:])
+            else:
+                train([*argv[1:], "--trainer.callbacks+=slm.benchmark.Clock"], Progress())
             return
         check(not argv or argv[0] not in SUBCOMMANDS, "the benchmark trains: give it the flags of train.py alone")
         names = [flag.partition("=")[0] for flag in argv]

@@ -18,7 +18,7 @@ from slm.errors import NotWrittenError, check
 from slm.messages import say, silence_notices
 from slm.run.checkpoint import DurableCheckpointIO, open_checkpoint
 from slm.run.gpt2 import as_gpt2, as_gpt2_tokenizer, import_transformers, read_gpt2
-from slm.run.trained import restore
+from slm.run.loading import restore
 from slm.runs import read_run
 
 TOLD = ("data.", "trainer.max_", "trainer.precision", "trainer.gradient_clip", "trainer.accumulate", "seed_everything")

@@ -20,7 +20,7 @@ from slm.hardware import writing_device
 from slm.messages import say
 from slm.model.sampling import Sampler, decode
 from slm.run.checkpoint import open_checkpoint
-from slm.run.trained import restore
+from slm.run.loading import restore
 
 
 @dataclass(frozen=True)

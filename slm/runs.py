@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from slm.command.arguments import read_settings
 from slm.command.exit_codes import ends_in_one_line
-from slm.command.parser import new_parser, parse_flags
+from slm.command.parser import new_parser, parse_flags, read_settings
+from slm.command.settings import flat
 from slm.errors import InputError, check
 from slm.messages import say, silence_notices
-from slm.model.transformer import Transformer
 from slm.run.checkpoint import RUNS
-from slm.training.hyperparameters import SHAPES
+from slm.run.loading import import_model
 from slm.watch.curves import Curve, read_curves, seconds_drawn
 
 UNTOLD = ("trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir", "watch.")
@@ -80,16 +79,20 @@ class Run:
 
     def num_parameters(self) -> int:
         """Of its network; raises InputError where the settings give no network."""
-        sizes: dict[str, Any] = {name: self.settings.get(f"model.{name}") for name in SHAPES}
-        missing = ", model.".join(name for name, size in sizes.items() if not isinstance(size, int))
-        check(not missing, f"{self.path / 'config.yaml'} does not give model.{missing} as whole numbers: restore it")
-        with torch.device("meta"):
-            return sum(weight.numel() for weight in Transformer(**sizes, dropout=0.0).parameters())
+        kind = import_model(self.settings.get("model.class_path") or "LanguageModel")
+        options = {
+            name: self.settings.get(f"model.{name}", default) for name, default in kind.network_options().items()
+        }
+        try:
+            with torch.device("meta"):
+                return sum(weight.numel() for weight in kind.network(**options).parameters())
+        except TypeError as error:
+            raise InputError(f"{self.path / 'config.yaml'} does not give the sizes of its network: {error}") from error
 
 
 def read_run(path: Path) -> Run:
     """Read a run's folder; raises InputError where its `config.yaml` cannot be used."""
-    return Run(path, dict(_flat(read_settings(str(path / "config.yaml")))), read_curves(path), seconds_drawn(path))
+    return Run(path, dict(flat(read_settings(str(path / "config.yaml")))), read_curves(path), seconds_drawn(path))
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -136,14 +139,6 @@ def _as_flag(value: Any) -> str:
 
 def _shown(value: float | None, style: str) -> str:
     return "" if value is None else format(value, style)
-
-
-def _flat(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(settings, dict) and settings:
-        for key, value in settings.items():
-            yield from _flat(value, f"{name}.{key}".removeprefix(".").replace(".init_args", ""))
-    else:
-        yield name, settings
 
 
 def show(runs: Path = RUNS) -> None:

@@ -15,11 +15,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import slm.hardware
-from slm.cli import CommandLine, main
-from slm.command import policy
+from slm.cli import main, new_trainer
+from slm.command import parser
+from slm.command.policy import resolve_devices
+from slm.command.settings import read_command
 from slm.errors import InputError
-from slm.run.checkpoint import claim_run
-from slm.run.keeper import BestCheckpoint, LastCheckpoint
+from slm.run.callbacks import BestCheckpoint, LastCheckpoint
+from slm.run.folder import RunFolder, claim_run
+from slm.run.signals import Progress
 from slm.watch.monitor import ProgressBar
 
 Run = Callable[..., str]
@@ -29,15 +32,13 @@ QUIET = ["--trainer.enable_progress_bar=false"]
 SMALL = [*SMALL_FLAGS, *QUIET, "--trainer.max_epochs=2"]
 
 
-class Untrained(CommandLine):
-    """The command line up to the point where it would begin to train."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-
 def built(*argv: str) -> Trainer:
-    return Untrained(list(argv)).trainer
+    """The Trainer that a command line asks for, before it begins to train."""
+    command = read_command(argv)
+    settings = command.instantiate()
+    asked = vars(settings.trainer)
+    folder = RunFolder(None, Path("runs"), Progress())
+    return new_trainer(command, asked, settings.watch, resolve_devices(asked), folder)
 
 
 # ---- what the default command builds
@@ -416,7 +417,7 @@ def test_a_bad_yaml_is_one_line_with_the_key(refused: Run, workdir: Path, conten
 def test_a_missing_or_broken_default_config_is_an_error(
     content: str | None, message: str, workdir: Path, refused: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy, "__file__", str(workdir / "slm/command/policy.py"))
+    monkeypatch.setattr(parser, "__file__", str(workdir / "slm/command/parser.py"))
     if content is not None:
         (workdir / "configs").mkdir()
         (workdir / "configs/default.yaml").write_text(content)

@@ -1,6 +1,7 @@
 """Tokens come from the cache as from the whole sequence, also past the end of the context, and are drawn as asked."""
 
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from conftest import likeliest, small_model
 from torch import Tensor
 
 from slm.errors import InputError
-from slm.model.sampling import CachedNetwork, Sampler, decode
-from slm.model.transformer import Transformer
+from slm.model.sampling import Sampler, decode
+from slm.model.transformer import CausalSelfAttention, KVCache, Transformer, without_call_overhead
 
 
 def window_after(tokens: list[int], num_given: int, max_seq_len: int) -> list[int]:
@@ -57,15 +58,39 @@ def test_sequences_beside_one_another_do_not_mix() -> None:
 
 def test_the_network_sees_each_token_once_within_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    call = CachedNetwork.__call__
+    embed = Transformer.embed
 
-    def counted(self: CachedNetwork, tokens: Tensor) -> Tensor:
+    def counted(self: Transformer, tokens: Tensor, start: int = 0) -> Tensor:
         seen.append(tokens.shape[1])
-        return call(self, tokens)
+        return embed(self, tokens, start)
 
-    monkeypatch.setattr(CachedNetwork, "__call__", counted)
+    monkeypatch.setattr(Transformer, "embed", counted)
     list(islice(decode(network(), torch.tensor([[1, 2, 3]]), lambda logits: logits.argmax(-1)), 23))
     assert seen == [3, *[1] * 13, 8, *[1] * 8]
+
+
+def test_several_tokens_at_once_go_on_from_a_cache_as_from_the_whole_sequence() -> None:
+    transformer, tokens = network(), torch.randint(20, (2, 12))
+    caches = transformer.new_caches()
+    parts = [transformer(part, caches) for part in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:])]
+    assert (torch.cat(parts, dim=1) - transformer(tokens)).abs().max() <= 1e-5
+    assert isinstance(caches[0], KVCache)
+    assert caches[0].length == 12
+    with pytest.raises(InputError, match="a sequence of 17 tokens is longer than max_seq_len=16"):
+        transformer(tokens[:, :5], caches)
+
+
+def test_the_twin_without_the_cost_of_calls_computes_the_same_with_the_same_weights() -> None:
+    transformer, tokens = network().train(), torch.randint(20, (2, 12))
+    twin = without_call_overhead(transformer)
+    assert torch.equal(twin(tokens), transformer.eval()(tokens))
+    transformer.token_embedding.weight.data += 1
+    assert torch.equal(twin(tokens), transformer(tokens))
+    attention: Any = twin.blocks[1].attn
+    assert isinstance(attention, CausalSelfAttention)
+    for part in (twin, twin.blocks[1], attention, attention.qkv):
+        assert type(part).__call__ is type(part).forward  # type: ignore[comparison-overlap]
+        assert "weight" not in vars(part) or vars(part)["weight"] is not None
 
 
 def test_tokens_are_drawn_with_their_probabilities() -> None:

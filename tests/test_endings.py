@@ -18,9 +18,10 @@ from stress import LAST, SETTINGS, default_signals, finish, first_command, start
 
 from slm.command.exit_codes import ends_in_one_line
 from slm.errors import NotWrittenError
+from slm.run.callbacks import LastCheckpoint
 from slm.run.checkpoint import read_checkpoint
-from slm.run.keeper import LastCheckpoint, Stopped
 from slm.run.resume import ExactResume
+from slm.run.signals import Stopped
 from slm.training.language_model import LanguageModel
 
 
@@ -222,7 +223,7 @@ def test_saving_by_the_clock_takes_a_hundredth_of_the_time(monkeypatch: pytest.M
     keeper = LastCheckpoint(tmp_path, ExactResume())
     for seconds, wait in ((0.1, 60.0), (2.0, 200.0)):
         times = iter([1000.0, 1000.0 + seconds])
-        monkeypatch.setattr("slm.run.keeper.time.monotonic", lambda times=times: next(times))
+        monkeypatch.setattr("slm.run.callbacks.time.monotonic", lambda times=times: next(times))
         keeper._save(SimpleNamespace(loggers=[], save_checkpoint=lambda *_, **__: None))  # type: ignore[arg-type]
         assert keeper._next_save == pytest.approx(1000.0 + seconds + wait)
 

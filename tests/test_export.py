@@ -17,7 +17,7 @@ from slm.export import main
 from slm.generate import write
 from slm.model.sampling import decode
 from slm.run.checkpoint import read_checkpoint
-from slm.run.trained import load
+from slm.run.loading import load
 from slm.training.language_model import LanguageModel
 
 transformers = pytest.importorskip("transformers")

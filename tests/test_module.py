@@ -10,7 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from slm.errors import InputError
+from slm.run.loading import check_applicable
+from slm.run.resume import ExactResume
 from slm.training.language_model import LanguageModel
+from slm.training.optimizers import build_optimizer
 
 
 class Recorder(Callback):
@@ -92,6 +95,7 @@ class Scripted(LanguageModel):
     losses: tuple[float, ...] = ()
 
     def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
         if not self.trainer.sanity_checking:
             self.index = getattr(self, "index", -1) + 1
 
@@ -134,7 +138,7 @@ def test_the_sanity_check_does_not_step_the_schedule() -> None:
 )
 def test_the_optimizer_is_the_one_asked_for_and_decays_matrices_alone(name: str, kind: type) -> None:
     model = small_model(optimizer=name, weight_decay=0.3, learning_rate=0.01)
-    optimizer = model.configure_optimizers()["optimizer"]
+    optimizer = build_optimizer(model.transformer, model.hparams, fused=True)
     assert type(optimizer) is kind
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert [decays[id(p)] for p in model.parameters()] == [0.3 if p.ndim == 2 else 0.0 for p in model.parameters()]
@@ -207,15 +211,15 @@ def test_a_notebook_can_build_train_and_load_it_without_the_command_line(tmp_pat
     assert torch.equal(again.eval()(tokens), model.eval()(tokens))
 
 
-def test_loading_a_checkpoint_lets_the_modules_own_hyper_parameters_win(tmp_path: Path) -> None:
-    trainer = fit(small_model(learning_rate=1e-3, weight_decay=0.1, plateau_patience=2), max_epochs=1)
+def test_a_resumed_run_lets_the_hyper_parameters_in_force_win(tmp_path: Path) -> None:
+    model = small_model(learning_rate=1e-3, weight_decay=0.1, plateau_patience=2)
+    trainer = fit(model, max_epochs=1, callbacks=[ExactResume()])
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     model = small_model(
         learning_rate=5e-4, weight_decay=0.2, plateau_patience=7, plateau_factor=0.1, min_learning_rate=1e-6
     )
-    again = Trainer(
-        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    again = Trainer(accelerator="cpu", max_epochs=2, callbacks=[ExactResume()], **quiet)  # type: ignore[arg-type]
     again.fit(model, datamodule=small_data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     groups = again.optimizers[0].param_groups
     assert [group["lr"] for group in groups] == [5e-4, 5e-4]
@@ -225,8 +229,10 @@ def test_loading_a_checkpoint_lets_the_modules_own_hyper_parameters_win(tmp_path
 
 
 def test_a_decay_can_be_turned_on_for_a_run_that_had_none(tmp_path: Path) -> None:
-    fit(small_model(weight_decay=0.0)).save_checkpoint(tmp_path / "one.ckpt")
-    again = Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False)
+    fit(small_model(weight_decay=0.0), callbacks=[ExactResume()]).save_checkpoint(tmp_path / "one.ckpt")
+    again = Trainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, callbacks=[ExactResume()]
+    )
     again.fit(small_model(weight_decay=0.5), datamodule=small_data(), ckpt_path=tmp_path / "one.ckpt")
     assert [group["weight_decay"] for group in again.optimizers[0].param_groups] == [0.5, 0.0]
 
@@ -242,8 +248,15 @@ def test_a_reduced_rate_is_kept_where_no_other_is_asked_for(tmp_path: Path) -> N
     assert resumed.optimizers[0].param_groups[0]["lr"] == 0.4
 
 
-def test_a_checkpoint_of_another_shape_is_refused_with_both_values(tmp_path: Path) -> None:
-    fit(small_model(), max_steps=1).save_checkpoint(tmp_path / "one.ckpt")
-    trainer = Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False)
+def test_a_checkpoint_of_another_shape_is_refused_with_both_values() -> None:
+    stored, asked = dict(small_model().hparams), dict(small_model(hidden_dim=64).hparams)
     with pytest.raises(InputError, match="hidden_dim=64 cannot apply to a checkpoint trained with hidden_dim=32"):
-        trainer.fit(small_model(hidden_dim=64), datamodule=small_data(), ckpt_path=tmp_path / "one.ckpt")
+        check_applicable(stored, asked, LanguageModel)
+
+
+def test_an_option_that_a_checkpoint_does_not_know_had_its_default() -> None:
+    asked = dict(LanguageModel().hparams)
+    stored = {name: value for name, value in asked.items() if name != "hidden_dim"}
+    check_applicable(stored, asked, LanguageModel)
+    with pytest.raises(InputError, match="hidden_dim=64 cannot apply to a checkpoint trained with hidden_dim=512"):
+        check_applicable(stored, {**asked, "hidden_dim": 64}, LanguageModel)

@@ -9,7 +9,7 @@ from conftest import SMALL_FLAGS
 
 from slm import export, generate, runs
 from slm.cli import main
-from slm.run.trained import load
+from slm.run.loading import load
 
 Run = Callable[..., str]
 SMALL = [*SMALL_FLAGS, "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]

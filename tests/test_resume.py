@@ -300,7 +300,7 @@ def test_loading_draws_nothing_from_the_random_numbers_of_its_caller(trained: Pa
 
 def test_the_weights_file_is_a_plain_dictionary_of_the_best_weights(trained: Path) -> None:
     content = torch.load(RUN / "simple_language_model.pt", weights_only=True)
-    assert set(content) == {"hyper_parameters", "state_dict", "tokenizer"}
+    assert set(content) == {"hyper_parameters", "model_class", "state_dict", "tokenizer"}
     assert content["tokenizer"] is None
     best = read_checkpoint(RUN / "checkpoints/best.ckpt")["state_dict"]
     assert {f"transformer.{name}" for name in content["state_dict"]} == set(best)
@@ -349,12 +349,12 @@ def test_a_run_cannot_go_on_from_bare_weights(trained: Path, refused: Run) -> No
 @pytest.mark.parametrize("change", ["seed=5", "num_tokens=3000", "source=uniform", "val_fraction=0.2"])
 def test_a_run_is_not_led_on_with_other_data(trained: Path, refused: Run, change: str) -> None:
     name, _, value = change.partition("=")
-    assert f"data.init_args.{name}={value} cannot apply to a run" in refused("--ckpt_path=last", f"--data.{change}")
+    assert f"data.{name}={value} cannot apply to a run" in refused("--ckpt_path=last", f"--data.{change}")
 
 
 def test_other_data_is_taken_where_that_is_meant_and_then_the_best_is_forgotten(slm: Run, trained: Path) -> None:
     output = slm("--ckpt_path=last", "--data.seed=5", "--allow_changed_data=true", "--trainer.max_epochs=3")
-    assert "data.init_args.seed is now 5 (the run had 3)" in output
+    assert "data.seed is now 5 (the run had 3)" in output
     assert "allow_changed_data" not in (RUN / "config.yaml").read_text()
     best = read_checkpoint(RUN / "checkpoints/best.ckpt")
     assert (best["epoch"], best["global_step"]) == (3, steps())
@@ -445,7 +445,7 @@ def test_a_copied_checkpoint_does_not_choose_what_code_is_imported(
 def test_a_state_that_could_not_be_read_again_is_refused_when_it_is_saved(
     slm: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("slm.run.keeper.LastCheckpoint.state_dict", lambda self: {"path": Path("somewhere")})
+    monkeypatch.setattr("slm.run.callbacks.LastCheckpoint.state_dict", lambda self: {"path": Path("somewhere")})
     with pytest.raises(SystemExit) as exit_info:
         slm(*SMALL)
     assert exit_info.value.code == 2
@@ -454,9 +454,7 @@ def test_a_state_that_could_not_be_read_again_is_refused_when_it_is_saved(
 
 
 def test_another_batch_size_is_no_other_data(slm: Run, trained: Path) -> None:
-    assert "data.init_args.batch_size is now 8" in slm(
-        "--ckpt_path=last", "--data.batch_size=8", "--trainer.max_epochs=3"
-    )
+    assert "data.batch_size is now 8" in slm("--ckpt_path=last", "--data.batch_size=8", "--trainer.max_epochs=3")
 
 
 def test_bare_weights_without_their_run_are_evaluated_on_data_that_is_named(
@@ -571,8 +569,8 @@ def test_whatever_goes_wrong_before_the_first_step_leaves_no_run(slm: Run, monke
         raise KeyError("a bug")
 
     for place in (
-        "slm.cli.hold",
-        "slm.cli.begin",
+        "slm.run.folder.hold",
+        "slm.run.folder.begin",
         "slm.cli.trainer_arguments",
         "slm.training.language_model.LanguageModel.setup",
     ):
@@ -584,7 +582,7 @@ def test_whatever_goes_wrong_before_the_first_step_leaves_no_run(slm: Run, monke
 
 
 def test_a_signal_before_the_first_step_leaves_no_run(slm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("slm.cli.begin", "slm.cli.trainer_arguments"):
+    for place in ("slm.run.folder.begin", "slm.cli.trainer_arguments"):
         with monkeypatch.context() as patch:
             patch.setattr(place, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
             with pytest.raises(SystemExit) as exit_info:
@@ -594,7 +592,7 @@ def test_a_signal_before_the_first_step_leaves_no_run(slm: Run, monkeypatch: pyt
 
 
 def test_a_run_that_another_process_trains_is_left_alone(trained: Path, refused: Run) -> None:
-    code = "import time; from pathlib import Path; from slm.run.keeper import hold; held = hold(Path())"
+    code = "import time; from pathlib import Path; from slm.run.folder import hold; held = hold(Path())"
     command = [sys.executable, "-c", f"{code}; print(1, flush=True); time.sleep(100)"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=trained) as other:
         assert other.stdout is not None

@@ -173,7 +173,7 @@ def test_a_ctrl_c_whose_answer_cannot_be_shown_still_stops_the_run(
         raise OSError(5, "the terminal has gone")
 
     signal_in(monkeypatch, "training_step", signal.SIGINT, step=2)
-    monkeypatch.setattr("slm.run.keeper.os.write", fail)
+    monkeypatch.setattr("slm.run.callbacks.os.write", fail)
     with pytest.raises(SystemExit) as exit_info:
         slm(*SMALL_FLAGS, "--data.batch_size=8")
     assert exit_info.value.code == 130

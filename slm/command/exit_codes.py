@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from slm.command.streams import failure_to_print, standard_streams
 from slm.errors import InputError
 from slm.messages import say
-from slm.run.keeper import Stopped
+from slm.run.signals import Stopped
 from slm.run.slurm import requeue, requeue_signals
 
 
@@ -54,7 +54,9 @@ def _status_of_every_ending() -> Iterator[None]:
         _leave_process_group()
     except Stopped as stop:
         _leave_process_group()
-        say(f"{stop}; go on with {command()} --ckpt_path {shlex.quote(str(stop.path))}" if stop.path else str(stop))
+        say(
+            f"{stop}; go on with {command_name()} --ckpt_path {shlex.quote(str(stop.path))}" if stop.path else str(stop)
+        )
         is_to_go_on = stop.path is not None or stop.step == 0
         if stop.signum in requeue_signals() and is_to_go_on and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             requeue()
@@ -73,7 +75,7 @@ def _status_of_every_ending() -> Iterator[None]:
         sys.exit(2)
 
 
-def command() -> str:
+def command_name() -> str:
     """How this process was started, without its arguments, as its user would type it again."""
     return shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1])
 

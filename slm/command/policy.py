@@ -6,30 +6,22 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from slm.durable import replace_file
 from slm.errors import InputError, check
+from slm.hardware import accelerator_kind, resolve_precision
+from slm.messages import say
+from slm.run.callbacks import BestCheckpoint, ConfigKeeper, LastCheckpoint, SelfContained
 from slm.run.checkpoint import DurableCheckpointIO
-from slm.run.keeper import BestCheckpoint, LastCheckpoint, SelfContained
 from slm.run.resume import ExactResume
 from slm.watch.monitor import KnownLimits, ProgressBar, StepMonitor
 from slm.watch.tensorboard import Watch, Watcher
-
-
-def find_default_config() -> Path:
-    """`configs/default.yaml`: beside the package in a clone, inside it when installed from a wheel."""
-    package = Path(__file__).resolve().parent.parent
-    beside, inside = (folder / "configs" / "default.yaml" for folder in (package.parent, package))
-    config = inside if inside.is_file() else beside
-    check(config.is_file(), f"{beside} is missing: restore it, the Trainer's policy stands there")
-    return config
-
 
 AT_LEAST = {
     "accumulate_grad_batches": 1,
@@ -56,6 +48,9 @@ def check_trainer(asked: Mapping[str, Any]) -> None:
     """Raise InputError for what Lightning would not refuse, or only in the middle of a run."""
     is_apart = any(word in str(asked["strategy"]) for word in ("fork", "spawn", "notebook"))
     check(not is_apart, f"trainer.strategy={asked['strategy']} gives nothing back of what it trains: use ddp")
+    callbacks, num_batches = asked["callbacks"] or [], asked["accumulate_grad_batches"]
+    is_steady = not any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+    check(is_steady, "GradientAccumulationScheduler changes how many batches make a step: use accumulate_grad_batches")
     for name, least in AT_LEAST.items():
         value = asked[name]
         is_fine = value is None or least <= value < math.inf  # NaN is not
@@ -63,6 +58,9 @@ def check_trainer(asked: Mapping[str, Any]) -> None:
     interval = asked["val_check_interval"]
     is_fine = not isinstance(interval, int | float) or 0 < interval <= 1 or (isinstance(interval, int) and interval > 1)
     rule = "must be a whole number of batches, at least 1, or a share of an epoch above 0 and at most 1"
+    check(is_fine, f"trainer.val_check_interval={interval} {rule}")
+    is_fine = num_batches == 1 or interval is None or isinstance(interval, int | float)
+    rule = f"may fall inside a step of accumulate_grad_batches={num_batches}: give a number of batches"
     check(is_fine, f"trainer.val_check_interval={interval} {rule}")
     for name in ("max_time", "val_check_interval"):
         try:
@@ -73,6 +71,21 @@ def check_trainer(asked: Mapping[str, Any]) -> None:
         check(is_fine, f"trainer.{name}={asked[name]} must be longer than no time")
 
 
+def resolve_devices(asked: Mapping[str, Any]) -> str:
+    """The precision on the accelerator that is asked for, as this machine does it, and its products of matrices.
+
+    Raises:
+        InputError: a GPU is asked for and there is none.
+    """
+    accelerator = accelerator_kind(str(asked["accelerator"]))
+    if accelerator == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where a product is left in 32 bits
+    precision, reason = resolve_precision(str(asked["precision"] or "32-true"), accelerator)
+    if reason:
+        say(reason)
+    return precision
+
+
 def trainer_arguments(
     asked: Mapping[str, Any],
     subcommand: str,
@@ -81,6 +94,7 @@ def trainer_arguments(
     config: str,
     first_step: int | None,
     watch: Watch,
+    content: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What differs from the settings asked for: the project's own joins them, and its places are in the run's folder.
 
@@ -92,6 +106,7 @@ def trainer_arguments(
         config: the settings in force, for the run's `config.yaml`.
         first_step: where a resumed run goes on; None for a new one.
         watch: what is shown in TensorBoard beside the curves.
+        content: of the checkpoint that is loaded, which is read already.
     """
     callbacks: list[Callback] = [*(asked["callbacks"] or []), KnownLimits()]
     shows_bar = asked["enable_progress_bar"] is not False and subcommand != "predict"
@@ -111,18 +126,18 @@ def trainer_arguments(
         "precision": precision,
         "default_root_dir": run or asked["default_root_dir"],
         "logger": _loggers(asked["logger"], run, first_step),
-        "plugins": _plugins(asked["plugins"]),
+        "plugins": _plugins(asked["plugins"], content),
         "callbacks": first + callbacks,
         "enable_progress_bar": shows_bar,
     }
 
 
-def _plugins(asked: Any) -> list[Any]:
+def _plugins(asked: Any, content: dict[str, Any] | None) -> list[Any]:
     """The user's plugins, and the durable writer of checkpoints and what tells of SLURM unless they have their own."""
     given = asked if isinstance(asked, list) else [asked] if asked is not None else []
     ours: list[Any] = []
     if not any(isinstance(plugin, CheckpointIO) for plugin in given):
-        ours.append(DurableCheckpointIO())
+        ours.append(DurableCheckpointIO(content))
     if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in given):
         ours.append(SLURMEnvironment(auto_requeue=False))  # `slm.run.slurm` requeues; Lightning's checkpoint is another
     return [*given, *ours]
@@ -146,15 +161,3 @@ class Curves(TensorBoardLogger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
-
-
-class ConfigKeeper(Callback):
-    """Writes `config.yaml` when training starts, so that after a resume it holds the settings now in force."""
-
-    def __init__(self, path: Path, config: str) -> None:
-        self.path = path
-        self.config = config
-
-    @rank_zero_only
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        replace_file(self.path, self.config.encode())

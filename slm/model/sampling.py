@@ -5,66 +5,15 @@ B batch, T time, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from slm.errors import check
-from slm.model.transformer import Transformer, gelu
+from slm.model.transformer import Transformer, without_call_overhead
 
 SMALLEST_TEMPERATURE = 1e-30
 """Below it logits divided by it are no longer finite; with it the likeliest token has all of the probability."""
-
-
-class CachedNetwork:
-    """A network that sees each token of growing sequences once, and keeps its keys and values.
-
-    It is `Transformer.forward` in eval mode, written with the weights alone: at a batch of one, calling the modules
-    takes as long as their arithmetic (default model on a CPU: 182 microseconds a token, and 91 so).
-
-    Args:
-        transformer: whose weights it takes; they are not copied.
-        batch_size: of the sequences, which grow up to `max_seq_len`.
-    """
-
-    def __init__(self, transformer: Transformer, batch_size: int) -> None:
-        self.length = 0
-        self.tokens, self.positions = transformer.token_embedding.weight, transformer.position_embedding.weight
-        self.blocks = [[_weights(layer) for layer in _layers(block)] for block in transformer.blocks]
-        self.final_norm = _weights(transformer.final_norm)
-        max_seq_len, embed_dim = self.positions.shape
-        self.num_heads = transformer.num_heads
-        room = (2, batch_size, self.num_heads, max_seq_len, embed_dim // self.num_heads)
-        self.kept = [self.tokens.new_empty(room) for _ in self.blocks]  # keys and values
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Hidden states (B, D) of the last position; tokens (B, T) are the first, later (B, 1) those that follow."""
-        batch_size, seq_len = tokens.shape
-        start, self.length = self.length, self.length + seq_len
-        x = F.embedding(tokens, self.tokens) + self.positions[start : self.length]  # (B, T, D)
-        for (attn_norm, qkv, out, ff_norm, up, down), kept in zip(self.blocks, self.kept, strict=True):
-            heads = F.linear(_norm(x, attn_norm), *qkv).view(batch_size, seq_len, 3, self.num_heads, -1)
-            heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D / H)
-            kept[..., start : self.length, :] = heads[1:]
-            q, (k, v) = heads[0], kept[..., : self.length, :]
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=seq_len > 1)
-            x = x + F.linear(attended.transpose(1, 2).flatten(2), *out)
-            x = x + F.linear(gelu(F.linear(_norm(x, ff_norm), *up)), *down)
-        return _norm(x[:, -1], self.final_norm)
-
-
-def _layers(block: Any) -> Iterator[nn.Module]:
-    yield from (block.attn_norm, block.attn.qkv, block.attn.out, block.ff_norm, block.ff.up, block.ff.down)
-
-
-def _weights(layer: Any) -> tuple[Tensor, Tensor]:
-    return layer.weight, layer.bias
-
-
-def _norm(x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-    return torch.layer_norm(x, (x.shape[-1],), *weights)
 
 
 @torch.inference_mode()
@@ -80,16 +29,18 @@ def decode(transformer: Transformer, tokens: Tensor, choose: Callable[[Tensor], 
         tokens: int64, on its device.
         choose: the next token (B,) of each sequence, from logits (B, V).
     """
-    window = tokens[:, -transformer.max_seq_len :]
-    unseen, network = window, CachedNetwork(transformer, len(window))
+    longest = transformer.max_seq_len
+    window = unseen = tokens[:, -longest:]
+    network, caches = without_call_overhead(transformer), transformer.new_caches()
     while True:
-        chosen = choose(transformer.logits(network(unseen)))
+        hidden = network(unseen, caches)[:, -1]  # (B, D)
+        chosen = choose(network.logits(hidden))
         yield chosen
         unseen = chosen[:, None]
         window = torch.cat([window, unseen], dim=1)
-        if window.shape[1] > transformer.max_seq_len:
-            unseen = window = window[:, -max(1, transformer.max_seq_len // 2) :]
-            network.length = 0
+        if window.shape[1] > longest:
+            window = unseen = window[:, -max(1, longest // 2) :]
+            caches = transformer.new_caches()
 
 
 class Sampler:

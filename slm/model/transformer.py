@@ -1,18 +1,25 @@
 """Tokens (B, T) in, hidden states (B, T, D) out: the decoder of GPT-2, pre-norm, with a tied output layer.
 
-B batch, T time, D embedding, H heads, F feed-forward hidden, V vocabulary.
+B batch, T time, S time so far, D embedding, H heads, F feed-forward hidden, V vocabulary.
 
 The mathematics is that of GPT-2 (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners"), so its
 weights fit one to one.
 """
 
+import functools
+import inspect
 import math
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm.errors import InputError, check
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 WRITTEN_OUT_UP_TO = 256
 IN_32_BITS_UP_TO = 64
@@ -52,6 +59,33 @@ def drop(x: Tensor, p: float) -> Tensor:
     return x * (kept.to(x.dtype) * (2**16 / (2**16 - dropped)))
 
 
+class ResidualLinear(nn.Linear):
+    """A linear layer whose output is added to the residual stream: GPT-2 begins it with smaller weights."""
+
+
+class KVCache:
+    """The keys and values of one layer for the tokens that it has seen, so that each is computed once.
+
+    Args:
+        capacity: how many tokens it can hold.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.k = self.v = torch.empty(0)
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the next tokens, (B, H, T, D / H); returns those of all tokens so far, (B, H, S, D / H)."""
+        if self.length == 0:
+            batch_size, num_heads, _, head_dim = k.shape
+            self.k, self.v = (k.new_empty(batch_size, num_heads, self.capacity, head_dim) for _ in range(2))
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
 class CausalSelfAttention(nn.Module):
     """Each position attends to itself and to those before it (Vaswani et al., 2017)."""
 
@@ -60,23 +94,44 @@ class CausalSelfAttention(nn.Module):
         self.num_heads = num_heads
         self.attention_dropout = dropout
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.out = nn.Linear(embed_dim, embed_dim)
+        self.out = ResidualLinear(embed_dim, embed_dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.heads(x)
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        q, k, v = self.heads(x, cache.length if cache else 0)
+        if cache is not None:
+            k, v = cache.update(k, v)
         attended = causal_attention(q, k, v, self.attention_dropout if self.training else 0.0)
         return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))  # (B, T, D)
 
-    def heads(self, x: Tensor) -> list[Tensor]:
-        """Queries, keys and values of every head, (B, H, T, D / H) each, of x (B, T, D)."""
-        return [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)]
+    def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head, (B, H, T, D / H) each.
+
+        Args:
+            x: (B, T, D).
+            start: the position of the first of the T. It plays no part here, where positions are in x; rotary
+                positions, which turn queries and keys, are added by overriding this.
+        """
+        batch_size, seq_len, _ = x.shape
+        heads = self.qkv(x).view(batch_size, seq_len, 3, self.num_heads, -1)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()
+        return q, k, v
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Softmax of the scaled scores of each position with those up to it, times v; all (B, H, T, D / H)."""
+    """Softmax of the scaled scores, times v: each position attends to itself and those before it.
+
+    Args:
+        q: (B, H, T, D / H), of the last T positions.
+        k: (B, H, S, D / H), of all S positions; v likewise.
+        dropout: probability of dropping a weight.
+    """
+    seq_len, all_len = q.shape[-2], k.shape[-2]
+    if seq_len < all_len:
+        mask = None if seq_len == 1 else causal_mask(seq_len, all_len, q.device)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
     longest = IN_32_BITS_UP_TO if q.dtype == torch.float32 and dropout == 0 else WRITTEN_OUT_UP_TO
-    if q.device.type != "cpu" or q.shape[-2] > longest:
+    if q.device.type != "cpu" or seq_len > longest:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     return drop(causal_weights(q, k), dropout) @ v
 
@@ -87,6 +142,11 @@ def causal_weights(q: Tensor, k: Tensor) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     future = torch.full((seq_len, seq_len), -math.inf, dtype=scores.dtype, device=scores.device).triu(1)
     return (scores + future).softmax(-1)
+
+
+def causal_mask(seq_len: int, all_len: int, device: torch.device) -> Tensor:
+    """Which of all positions each of the last `seq_len` attends to, (T, S)."""
+    return torch.ones(seq_len, all_len, dtype=torch.bool, device=device).tril(all_len - seq_len)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -106,7 +166,7 @@ class FeedForward(nn.Module):
     def __init__(self, embed_dim: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
         self.up = nn.Linear(embed_dim, hidden_dim)
-        self.down = nn.Linear(hidden_dim, embed_dim)
+        self.down = ResidualLinear(hidden_dim, embed_dim)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,28 +183,40 @@ class Block(nn.Module):
         self.ff_norm = nn.LayerNorm(embed_dim)
         self.ff = FeedForward(embed_dim, hidden_dim, dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.attn_norm(x))
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), cache)
         return x + self.ff(self.ff_norm(x))
 
 
 class Transformer(nn.Module):
-    """A causal Transformer language model; its constructor takes every size and has no default.
+    """A causal Transformer language model.
+
+    Args:
+        vocab_size: number of token ids.
+        embed_dim: width of the residual stream.
+        num_heads: attention heads in a layer; divides embed_dim.
+        num_layers: blocks of attention and feed-forward.
+        hidden_dim: width of the feed-forward layer.
+        max_seq_len: longest sequence, in tokens.
+        dropout: probability of dropping a value, in embedding, attention and residual branches.
 
     Raises:
         InputError: a size that is not a positive whole number, heads that do not divide the embedding, a dropout
             outside [0, 1).
     """
 
+    changeable_options: ClassVar[frozenset[str]] = frozenset({"dropout"})
+    """The options that may change after training; the weights are tied to all others."""
+
     def __init__(
         self,
-        vocab_size: int,
-        embed_dim: int,
-        num_heads: int,
-        num_layers: int,
-        hidden_dim: int,
-        max_seq_len: int,
-        dropout: float,
+        vocab_size: int = 10_000,
+        embed_dim: int = 128,
+        num_heads: int = 4,
+        num_layers: int = 2,
+        hidden_dim: int = 512,
+        max_seq_len: int = 128,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         sizes = {
@@ -164,7 +236,6 @@ class Transformer(nn.Module):
         check(0.0 <= dropout < 1.0, f"dropout={dropout} must be at least 0 and below 1")
 
         self.max_seq_len = max_seq_len
-        self.num_heads = num_heads
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.position_embedding = nn.Embedding(max_seq_len, embed_dim)
         self.dropout = Dropout(dropout)
@@ -173,27 +244,81 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """GPT-2's initialization: N(0, 0.02), residual projections divided by the root of their number, biases 0."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.ndim == 2:
-                is_residual = name.endswith(("attn.out.weight", "ff.down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if is_residual else 0.02)
+        """GPT-2's initialization: N(0, 0.02), what is added to the residual stream smaller, biases 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                is_residual = isinstance(module, ResidualLinear)
+                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * len(self.blocks)) if is_residual else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Hidden states (B, T, D) of tokens (B, T); raises InputError where T is above `max_seq_len`."""
-        seq_len = tokens.shape[1]
-        if seq_len > self.max_seq_len:
-            raise InputError(
-                f"a sequence of {seq_len} tokens is longer than max_seq_len={self.max_seq_len}: "
-                "shorten it, or train a model with a larger max_seq_len"
-            )
-        x = self.dropout(self.token_embedding(tokens) + self.position_embedding.weight[:seq_len])  # (B, T, D)
-        for block in self.blocks:
-            x = block(x)
+    def forward(self, tokens: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
+        """Hidden states (B, T, D) of tokens (B, T).
+
+        Args:
+            tokens: int64.
+            caches: one a block; the tokens are those that follow the ones that they have seen.
+
+        Raises:
+            InputError: there are more tokens than `max_seq_len`.
+        """
+        start = caches[0].length if caches else 0
+        x = self.dropout(self.embed(tokens, start))  # (B, T, D)
+        for block, cache in zip(self.blocks, caches or repeat(None), strict=False):
+            x = block(x, cache)
         return self.final_norm(x)
 
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """The embedding (B, T, D) of tokens (B, T) and of their positions, of which the first is `start`."""
+        end = start + tokens.shape[1]
+        if end > self.max_seq_len:
+            raise InputError(
+                f"a sequence of {end} tokens is longer than max_seq_len={self.max_seq_len}: "
+                "shorten it, or train a model with a larger max_seq_len"
+            )
+        return self.token_embedding(tokens) + self.position_embedding.weight[start:end]
+
+    def new_caches(self) -> list[KVCache]:
+        """What `forward` keeps of the tokens that it has seen, to go on from them."""
+        return [KVCache(self.max_seq_len) for _ in self.blocks]
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix (V, D) of the output layer, tied to the token embedding."""
+        return self.token_embedding.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """The output layer, tied to the token embedding: hidden states (..., D) to logits (..., V)."""
-        return F.linear(hidden, self.token_embedding.weight)
+        """The output layer: hidden states (..., D) to logits (..., V)."""
+        return F.linear(hidden, self.output_weight)
+
+
+def parameters_of(kind: type[Any]) -> dict[str, inspect.Parameter]:
+    """What a class takes, by name: its constructor and, where that passes on `**options`, those of its bases."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            parameters = list(inspect.signature(vars(base)["__init__"], eval_str=True).parameters.values())[1:]
+            named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            found = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in named} | found
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+    return found
+
+
+def without_call_overhead(module: _Module) -> _Module:
+    """A twin of a module in eval mode, with the same weights, whose calls cost nothing but its `forward`.
+
+    Calling an `nn.Module` looks for hooks, and reading its weights goes through `__getattr__`: at a batch of one that
+    takes as long as the arithmetic of a small network. The twin's class extends the module's own.
+    """
+    kind: type[Any] = type(module)
+    twin: Any = object.__new__(_twin_class(kind))  # type: ignore[arg-type]
+    children = {name: without_call_overhead(child) for name, child in module.named_children()}
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    twin.__dict__ = {**module.__dict__, **tensors, **children, "_modules": children, "training": False}
+    return cast(_Module, twin)
+
+
+@functools.cache
+def _twin_class(kind: type[Any]) -> Any:
+    return type(kind.__name__, (kind,), {"__call__": kind.forward})

@@ -5,7 +5,6 @@ plain dictionary in `simple_language_model.pt`.
 """
 
 import contextlib
-import inspect
 import io
 import pickle
 import re
@@ -26,9 +25,19 @@ RUNS = Path("runs")
 WEIGHTS_NAME = "simple_language_model.pt"
 
 
+def best_checkpoint(run: Path) -> Path:
+    """Where a run keeps the checkpoint with its lowest validation loss."""
+    return run / "checkpoints" / "best.ckpt"
+
+
+def last_checkpoint(run: Path) -> Path:
+    """Where a run keeps its newest checkpoint."""
+    return run / "checkpoints" / "last.ckpt"
+
+
 def run_folders(runs: Path = RUNS) -> list[Path]:
     """The run folders `version_N` under `runs`, the newest first."""
-    return [runs / f"version_{number}" for number in sorted(_run_numbers(runs), reverse=True)]
+    return [runs / f"version_{number}" for number in sorted(run_numbers(runs), reverse=True)]
 
 
 def newest_run(runs: Path = RUNS, *holding: str) -> Path:
@@ -47,29 +56,7 @@ def newest_run(runs: Path = RUNS, *holding: str) -> Path:
     raise InputError(f"no run under {runs.absolute()} has {holding[0]}: train one longer, or give a path")
 
 
-def claim_run(runs: Path = RUNS) -> Path:
-    """Make and return the next run folder; two processes at once get two folders.
-
-    Raises:
-        InputError: the folder cannot be made.
-    """
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        while True:
-            run = runs / f"version_{max(_run_numbers(runs), default=-1) + 1}"
-            try:
-                run.mkdir()
-            except FileExistsError:
-                continue
-            return run
-    except OSError as error:
-        raise InputError(
-            f"the run folder cannot be made under {runs.absolute()}: {error.strerror}; "
-            "start the command in a folder that you can write to"
-        ) from error
-
-
-def _run_numbers(runs: Path) -> list[int]:
+def run_numbers(runs: Path) -> list[int]:
     names = [path.name.removeprefix("version_") for path in runs.glob("version_*") if path.is_dir()]
     return [int(name) for name in names if name.isascii() and name.isdigit()]
 
@@ -131,9 +118,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"{damaged}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     known = isinstance(content, dict) and {"hyper_parameters", "state_dict"} <= content.keys()
     check(known, f"{path} is not a checkpoint of this project: it has no hyper_parameters and state_dict")
-    hparams, sizes = content["hyper_parameters"], inspect.signature(Transformer).parameters.keys()
-    known = isinstance(hparams, dict) and all(isinstance(hparams.get(name), int | float) for name in sizes)
-    check(known, f"{path} is not a checkpoint of this project: its hyper_parameters do not give {', '.join(sizes)}")
+    hparams = content["hyper_parameters"]
+    known = isinstance(hparams, dict) and isinstance(hparams.get("vocab_size"), int)
+    check(known, f"{path} is not a checkpoint of this project: its hyper_parameters do not give a vocab_size")
     return content
 
 
@@ -180,7 +167,15 @@ class DurableCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints durably and reads them verified; a URL goes to Lightning's own writer, without that promise.
 
     Nothing that is read is ever run: no argument changes it.
+
+    Args:
+        content: what the first file that is asked for holds, where that is read already; it is given away then, since
+            it is as large as model and optimizer.
     """
+
+    def __init__(self, content: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self._content = content
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if _is_url(path):
@@ -202,7 +197,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         if _is_url(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
-        return read_checkpoint(Path(path))
+        content, self._content = self._content, None
+        return content or read_checkpoint(Path(path))
 
 
 def _is_url(path: Any) -> bool:

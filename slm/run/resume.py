@@ -5,16 +5,24 @@ the data, and from its counters alone some places are not found again. So every 
 stands, in words of its own, and a resumed run's counters are set from that.
 """
 
-import copy
+import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
+import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from slm.data.token_data import TokenData
-from slm.errors import NotFiniteError
-from slm.run.random_states import put_random_states, take_random_states
+from slm.data import TokenData
+from slm.errors import NotFiniteError, check
+from slm.run.lightning_internals import (
+    begin_after_validation,
+    begin_with_a_new_epoch,
+    count_a_batch_that_stepped,
+    counters,
+    is_validation_due,
+)
 
 
 @dataclass(frozen=True)
@@ -39,23 +47,20 @@ class Position:
 class ExactResume(Callback):
     """Adds to every checkpoint where the run stands, with its random states, and brings a resumed run back there.
 
-    A checkpoint that is written inside an accumulation window stands where the window began: no weight has changed
-    since, and what a validation inside the window changed is kept as it was. Place this callback first, so that no
-    other has acted on a batch before.
+    A checkpoint that is written between the batches of one step stands where that step began, since no weight has
+    changed after. Place this callback first, so that no other has acted on a batch before.
 
     Attributes:
         position: where a checkpoint written now would stand; None before the first batch.
-        is_between_steps: whether no batch of an accumulation window is trained yet.
+        is_between_steps: whether no batch of the next step is trained yet.
     """
 
     def __init__(self) -> None:
         self.position: Position | None = None
         self.is_between_steps = True
         self._random_states: dict[str, Any] | None = None  # at the position; None: the present ones
-        self._before_validation: dict[str, Any] | None = None  # at the position, if a validation came after it
         self._is_half_done = False
         self._is_restored = True
-        self._is_inside_epoch = False  # a resumed run, before its first batch
 
     @property
     def can_be_kept(self) -> bool:
@@ -66,11 +71,6 @@ class ExactResume(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._restore_random_states(trainer)
-        if self._is_inside_epoch:
-            self._is_inside_epoch = False
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, GradientAccumulationScheduler):  # it counts on the beginning of an epoch
-                    callback.on_train_epoch_start(trainer)
         if self.is_between_steps:
             self._is_half_done = False
             total = trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
@@ -83,17 +83,16 @@ class ExactResume(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.is_between_steps = not trainer.fit_loop._should_accumulate()
+        self.is_between_steps = is_step_over(trainer, batch_idx)
         if self.is_between_steps:
-            loop = trainer.fit_loop.epoch_loop
             self.position = Position(
                 trainer.current_epoch,
                 batch_idx + 1,
-                loop.batch_progress.total.ready,
-                ends_epoch=loop._num_ready_batches_reached(),
-                is_unvalidated=_is_validation_due(trainer),
+                trainer.fit_loop.epoch_loop.batch_progress.total.ready,
+                ends_epoch=_is_epoch_over(trainer, batch_idx),
+                is_unvalidated=is_validation_due(trainer),
             )
-            self._random_states = self._before_validation = None
+            self._random_states = None
             # half done it stays until Lightning has logged it, after this hook
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,15 +101,13 @@ class ExactResume(Callback):
             # no run would come back to a validation after the last of max_steps
             self._is_half_done = 0 < trainer.max_steps <= trainer.global_step
             self._random_states = self._random_states or take_random_states(trainer.strategy.root_device)
-            if not self.is_between_steps and self._before_validation is None:
-                self._before_validation = _moved_by_validation(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.is_between_steps and is_fitting(trainer):
+        if is_fitting(trainer):
             self._is_half_done = True  # until the schedule has moved and the best checkpoint is chosen
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.is_between_steps and self.position is not None and is_fitting(trainer):
+        if self.position is not None and is_fitting(trainer):
             self.position, self._random_states = replace(self.position, is_unvalidated=False), None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,11 +127,6 @@ class ExactResume(Callback):
         checkpoint["position"] = {**asdict(position), "windows": windows}
         checkpoint["epoch"] = position.epoch
         checkpoint["random_states"] = self._random_states or take_random_states(trainer.strategy.root_device)
-        if self._before_validation is not None:
-            checkpoint.update(copy.deepcopy(self._before_validation))
-            for state, scheduler in zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=False):
-                for group, learning_rate in zip(state["param_groups"], scheduler["_last_lr"], strict=True):
-                    group["lr"] = learning_rate
 
     # ---- how it goes on there
 
@@ -147,21 +139,24 @@ class ExactResume(Callback):
             _forget_scores(checkpoint)
             windows, stored["ends_epoch"], stored["is_unvalidated"] = 0, False, False
         data.start_at(stored["epoch"], windows)
-        self.position = Position(**{**stored, "batch": data.first_batch})
+        position = self.position = Position(**{**stored, "batch": data.first_batch})
         self._random_states, self._is_restored = checkpoint["random_states"], False
-        checkpoint["loops"]["fit_loop"].update(_counters(self.position, checkpoint["global_step"]))
+        place = (position.epoch, position.batch, position.total_batches, position.ends_epoch, position.is_unvalidated)
+        checkpoint["loops"]["fit_loop"].update(counters(checkpoint["global_step"], *place))
+        is_fused = getattr(trainer.precision_plugin, "scaler", None) is None
+        adapt_states(checkpoint, pl_module.hparams, is_fused)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell Lightning's loops, which have their counters by now, how to begin."""
+        _refuse_validation_inside_a_step(trainer)
         if self.position is None:
             return
-        fit_loop, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        self._is_inside_epoch = self.position.batch > 0
-        if self.position.batch == 0:  # a new epoch; with max_steps, Lightning calls that a restart
-            fit_loop._restarting = loop._restarting = loop.val_loop._restarting = False
-        elif not (self.position.is_unvalidated and _is_validation_due(trainer)):
-            loop._restart_stage = "none"  # else a validation that would fall here is done again, or counts as a step
-            loop._batches_that_stepped += loop._should_accumulate()
+        if self.position.batch == 0:
+            begin_with_a_new_epoch(trainer)
+        elif not (self.position.is_unvalidated and is_validation_due(trainer)):
+            begin_after_validation(trainer)
+            if not is_step_over(trainer, self.position.batch - 1):  # as when the batches of a step were other ones
+                count_a_batch_that_stepped(trainer)
 
     def _restore_random_states(self, trainer: Trainer) -> None:
         if self._is_restored or self._random_states is None:
@@ -175,55 +170,84 @@ def is_fitting(trainer: Trainer) -> bool:
     return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
+def is_step_over(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the optimizer steps after this batch."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or _is_epoch_over(trainer, batch_idx)
+
+
+def _is_epoch_over(trainer: Trainer, batch_idx: int) -> bool:
+    return trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+
+
+def _refuse_validation_inside_a_step(trainer: Trainer) -> None:
+    """Refuse validations between the batches of one optimizer step, where no run could be stopped and go on."""
+    every, several, epoch = trainer.val_check_batch, trainer.accumulate_grad_batches, trainer.num_training_batches
+    if several == 1 or every is None or not trainer.enable_validation:
+        return
+    is_counted_on = trainer.check_val_every_n_epoch is None  # over the ends of epochs
+    is_fine = (every >= epoch and not is_counted_on) or every % several == 0
+    check(
+        is_fine and (not is_counted_on or epoch % several == 0),
+        f"trainer.val_check_interval={every} batches (of {epoch} in an epoch) falls inside a step of "
+        f"accumulate_grad_batches={several}: give multiples of that, or validate at the end of an epoch",
+    )
+
+
 def _data(trainer: Trainer) -> TokenData:
     return cast(TokenData, trainer.datamodule)  # type: ignore[attr-defined]
 
 
-def _is_validation_due(trainer: Trainer) -> bool:
-    fetcher = trainer.fit_loop._data_fetcher
-    assert fetcher is not None
-    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+def take_random_states(device: torch.device) -> dict[str, Any]:
+    """Those of Python, NumPy, torch on the CPU, and torch on this device, as tensors and plain values."""
+    state: Any = np.random.get_state()
+    name, words, *rest = state
+    states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    states["numpy"] = (name, words.tolist(), *rest)  # an array would not load with weights_only
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
 
 
-def _moved_by_validation(trainer: Trainer) -> dict[str, Any]:
-    """What a validation changes of a checkpoint, as it is now: the schedule, with its rates, and the callbacks."""
-    schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-    callbacks = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
-    return copy.deepcopy({"lr_schedulers": schedules, "callbacks": {k: v for k, v in callbacks.items() if v}})
+def put_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Put states back; those of another kind of device are left out."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
 
 
-def _counters(position: Position, steps: int) -> dict[str, Any]:
-    """The state of Lightning's fit loop at a position, after that many optimizer steps."""
-
-    def counts(done: int, begun: int | None = None) -> dict[str, int]:
-        begun = done if begun is None else begun
-        return {"ready": begun, "started": begun, "processed": done, "completed": done}
-
-    def both(total: dict[str, int], current: dict[str, int]) -> dict[str, dict[str, int]]:
-        return {"total": total, "current": current}
-
-    epochs = counts(position.epoch, position.epoch + (position.batch > 0))
-    validation = counts(0, int(position.is_unvalidated))  # begun and not processed: Lightning begins it again
-    step, zero_grad = {"ready": steps, "completed": steps}, {"ready": steps, "started": steps, "completed": steps}
-    return {
-        "epoch_progress": both(epochs, dict(epochs)),
-        "epoch_loop.batch_progress": {
-            **both(counts(position.total_batches), counts(position.batch)),
-            "is_last_batch": position.ends_epoch,
-        },
-        "epoch_loop.automatic_optimization.optim_progress": {
-            "optimizer": {"step": both(step, dict(step)), "zero_grad": both(zero_grad, dict(zero_grad))}
-        },
-        "epoch_loop.val_loop.batch_progress": {**both(validation, counts(0)), "is_last_batch": False},
-        # the last step of an epoch under way is counted once more when the loop begins
-        "epoch_loop.state_dict": {"_batches_that_stepped": steps - (position.batch > 0)},
-    }
+def adapt_states(checkpoint: dict[str, Any], hparams: Mapping[str, Any], fused: bool) -> None:
+    """Let `hparams` win over those that the optimizer and the schedule of a checkpoint were saved with."""
+    stored = checkpoint["hyper_parameters"]
+    changed = {name for name, value in hparams.items() if stored.get(name, value) != value}
+    for state in checkpoint.get("optimizer_states", []):
+        for group in state["param_groups"]:
+            if "fused" in group:
+                group["fused"] = fused
+            if "weight_decay" in changed and group is not state["param_groups"][-1]:
+                group["weight_decay"] = hparams["weight_decay"]
+            if "learning_rate" in changed:
+                group["lr"] = hparams["learning_rate"]
+    for schedule in checkpoint.get("lr_schedulers", []):
+        for name, entry in (("plateau_factor", "factor"), ("plateau_patience", "patience")):
+            if name in changed and entry in schedule:
+                schedule[entry] = hparams[name]
+        if "learning_rate" in changed:
+            schedule["_last_lr"] = [hparams["learning_rate"]] * len(schedule["_last_lr"])
+        if "min_learning_rate" in changed and "min_lrs" in schedule:
+            schedule["min_lrs"] = [hparams["min_learning_rate"]] * len(schedule["min_lrs"])
 
 
 def _forget_scores(checkpoint: dict[str, Any]) -> None:
     """Drop what was measured on other data: the best loss of the schedule and of the callbacks that keep one."""
     for schedule in checkpoint["lr_schedulers"]:
-        schedule.update(best=float("inf"), num_bad_epochs=0)
+        if "best" in schedule:
+            schedule.update(best=float("inf"), num_bad_epochs=0)
     states = checkpoint["callbacks"]
     scores = {"best_k_models", "best_score"}
     checkpoint["callbacks"] = {key: state for key, state in states.items() if not scores & set(state)}

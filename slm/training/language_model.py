@@ -1,41 +1,36 @@
-"""The LightningModule: the Transformer, its loss, metrics, optimizer and learning-rate schedule.
+"""The LightningModule: the network, its loss, metrics, optimizer and learning-rate schedule.
 
 B batch, T time, D embedding, V vocabulary.
 """
 
-import sys
-from typing import Any, Literal
+import inspect
+import math
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torchmetrics import SumMetric
 
-from slm.errors import NotFiniteError, check
+from slm.errors import check
 from slm.hardware import check_can_compile, compile_mode, tell_compiled_code_by_its_vectors
 from slm.model.loss import linear_cross_entropy, sum_and_correct
-from slm.model.transformer import Transformer
-from slm.training.accumulation import AccumulationWindow
-from slm.training.hyperparameters import adapt_states, check_applicable, check_ranges
-from slm.training.optimizers import build_optimizer, cosine_rate, num_steps, rescheduled, stepped_by
+from slm.model.transformer import Transformer, parameters_of
+from slm.training.hyperparameters import check_ranges
+from slm.training.optimizers import build_optimizer, cosine_rate, num_steps, stepped_by
+from slm.training.step import FiniteGuard, Step, is_logged
 
 Batch = tuple[Tensor, Tensor]
 
 
 class LanguageModel(LightningModule):
-    """A causal Transformer language model that trains itself under any Trainer.
+    """A causal language model that trains itself under any Trainer.
 
-    A batch is (tokens (B, T), targets (B, T)), int64, the targets being the tokens one position later.
+    A batch is (tokens (B, T), targets (B, T)), int64, the targets being the tokens one position later. A subclass
+    swaps the network by another value of `network`, or the loss by overriding `loss`; its own options join the others.
 
     Args:
-        vocab_size: number of token ids.
-        embed_dim: width of the residual stream.
-        num_heads: attention heads in a layer; divides embed_dim.
-        num_layers: blocks of attention and feed-forward.
-        hidden_dim: width of the feed-forward layer.
-        max_seq_len: longest sequence, in tokens.
-        dropout: probability of dropping a value, in embedding, attention and residual branches.
         learning_rate: where the schedule starts.
         optimizer: AdamW, Adam, SGD with momentum 0.9, or Muon for the matrices inside the network.
         weight_decay: on matrices only; biases and norms are not decayed.
@@ -45,20 +40,16 @@ class LanguageModel(LightningModule):
         plateau_patience: validations without improvement that are waited for before that.
         min_learning_rate: where the schedule ends.
         compile: whether to train through torch.compile, which needs a C++ compiler or, on a GPU, Triton.
+        options: those of the network.
 
     Raises:
         InputError: a value out of its range.
     """
 
+    network: ClassVar[type[Transformer]] = Transformer
+
     def __init__(
         self,
-        vocab_size: int = 10_000,
-        embed_dim: int = 128,
-        num_heads: int = 4,
-        num_layers: int = 2,
-        hidden_dim: int = 512,
-        max_seq_len: int = 128,
-        dropout: float = 0.0,
         learning_rate: float = 1e-3,
         optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw",
         weight_decay: float = 0.1,
@@ -68,57 +59,75 @@ class LanguageModel(LightningModule):
         plateau_patience: int = 2,
         min_learning_rate: float = 1e-5,
         compile: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters()  # of a subclass too
+        self.save_hyperparameters({**self.network_options(), **options})
         check_ranges(self.hparams)
-        self.transformer = Transformer(vocab_size, embed_dim, num_heads, num_layers, hidden_dim, max_seq_len, dropout)
+        self.transformer = self.network(**options)
         # sums, because MeanMetric leaves a NaN out of the mean or, told not to (torchmetrics 1.9), the weights
         self.loss_sum = SumMetric(nan_strategy="disable")
         self.num_correct = SumMetric(nan_strategy="disable")
         self.num_tokens = SumMetric(nan_strategy="disable")
-        self._window = AccumulationWindow()
+        self._step = Step()
+        self._num_steps = math.inf  # not known before the training begins
+
+    @classmethod
+    def signature(cls) -> inspect.Signature:
+        """All options of the network and of the training: what a command line can set."""
+        return inspect.Signature(list((parameters_of(cls.network) | parameters_of(cls)).values()))
+
+    @classmethod
+    def network_options(cls) -> dict[str, Any]:
+        """The options of the network with their defaults."""
+        return {name: parameter.default for name, parameter in parameters_of(cls.network).items()}
+
+    @classmethod
+    def tied_options(cls) -> set[str]:
+        """The options that trained weights are tied to."""
+        return cls.network_options().keys() - cls.network.changeable_options
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of tokens (B, T)."""
         return self.transformer.logits(self.transformer(tokens))
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse an id outside the vocabulary while it is on the host, where the error can still name it."""
-        vocab_size = self.hparams["vocab_size"]
-        for tokens in batch:
-            for bad in (int(extreme) for extreme in torch.aminmax(tokens)):
-                check(0 <= bad < vocab_size, f"token id {bad} is outside the vocabulary of vocab_size={vocab_size}")
-        return batch
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """What training minimizes: the mean cross-entropy, in nats, of hidden states (N, D) and targets (N,)."""
+        return linear_cross_entropy(hidden, self.transformer.output_weight, targets)
+
+    # ---- training
+
+    def on_train_start(self) -> None:
+        self._step, self._guard = Step(), FiniteGuard(is_free=self.device.type == "cpu")
+        if isinstance(schedule := self.lr_schedulers(), LambdaLR):
+            self._num_steps = num_steps(self.trainer)  # of a resumed run it may have changed
+            schedule.last_epoch = self.trainer.global_step
+            for group in schedule.optimizer.param_groups:
+                group["lr"] = self._cosine(schedule.last_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         tokens, targets = batch
         hidden = self.transformer(tokens).flatten(0, 1)  # (BT, D)
-        loss = linear_cross_entropy(hidden, self.transformer.token_embedding.weight, targets.flatten())
-        if self._is_logging_step:
-            self.log("train/loss", loss.detach())  # prog_bar would read it back at every step
-        return self._window.weigh(loss, tokens.numel())
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        self._window.add_loss(loss)
+        return self._step.add(self.loss(hidden, targets.flatten()), tokens.numel())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the gradient its true scale, and log its norm as it is before clipping.
 
         Raises:
-            NotFiniteError: the loss or the gradient is not finite; a GPU, which is waited for, is asked when it logs.
+            NotFiniteError: the loss or the gradient is not finite. A GPU is only waited for when the step is logged;
+                until then no step changes a weight.
         """
-        window, self._window = self._window, AccumulationWindow()
+        step, self._step = self._step, Step()
         gradients = [p.grad for p in stepped_by(optimizer) if p.grad is not None]
-        window.rescale(gradients, self.trainer.accumulate_grad_batches)
+        step.rescale(gradients, self.trainer.accumulate_grad_batches)
         self._norm = torch.nn.utils.get_total_norm(gradients)
-        if self._is_logging_step or self.device.type == "cpu":
-            window.check_finite(self._norm, self._scaler, self.trainer.global_step)
-        if self._is_logging_step:
+        number = self.trainer.global_step + 1
+        is_logged_step = is_logged(self.trainer, number)
+        self._guard.check(step.mean_loss(), self._norm, number - 1, self._scaler, optimizer, is_logged_step)
+        if is_logged_step:
+            self.log("train/loss", step.mean_loss(), sync_dist=True)  # prog_bar would read it back at every step
             self.log("train/grad_norm", self._norm)
-        if self.hparams["schedule"] == "cosine":
-            for group in optimizer.param_groups:
-                group["lr"] = cosine_rate(self.trainer.global_step, num_steps(self.trainer), self.hparams)
 
     def configure_gradient_clipping(
         self,
@@ -132,31 +141,18 @@ class LanguageModel(LightningModule):
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(stepped_by(optimizer), gradient_clip_val, self._norm)
 
-    @property
-    def _is_logging_step(self) -> bool:
-        """Whether Lightning passes on what is logged; each `self.log` costs a third of a millisecond."""
-        step, interval = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return step == 0 or bool(interval and (step + 1) % interval == 0)
+    # ---- evaluation
 
-    def setup(self, stage: str) -> None:
-        if stage == "fit" and self.hparams["compile"]:
-            device = self.trainer.strategy.root_device.type
-            check_can_compile(device)
-            tell_compiled_code_by_its_vectors()
-            # gradients lie in a graph's memory, which its next call uses again: none where they are added up or shared
-            alone = self.trainer.world_size == self.trainer.accumulate_grad_batches == 1
-            can_replay = alone and not rescheduled(self.trainer)
-            self.transformer.compile(mode=compile_mode(device, self.transformer) if can_replay else None)
+    def on_validation_epoch_start(self) -> None:
+        for metric in (self.loss_sum, self.num_correct, self.num_tokens):
+            metric.reset()
 
-    def on_train_start(self) -> None:
-        self._window = AccumulationWindow()
-        if self.hparams["schedule"] == "cosine":
-            num_steps(self.trainer)  # which refuses a run without an end
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         tokens, targets = batch
         hidden = self.transformer(tokens).flatten(0, 1)  # (BT, D)
-        loss, correct = sum_and_correct(hidden, self.transformer.token_embedding.weight, targets.flatten())
+        loss, correct = sum_and_correct(hidden, self.transformer.output_weight, targets.flatten())
         self.loss_sum.update(loss)
         self.num_correct.update(correct)
         self.num_tokens.update(targets.numel())
@@ -164,24 +160,21 @@ class LanguageModel(LightningModule):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
+        """Log what was evaluated, and lower the learning rate where the loss has stalled."""
         loss = self._log_evaluation("val")
         is_fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
-        if is_fitting and isinstance(scheduler := self.lr_schedulers(), ReduceLROnPlateau):
-            scheduler.step(loss)
+        if is_fitting and isinstance(schedule := self.lr_schedulers(), ReduceLROnPlateau):
+            schedule.step(loss)
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
 
-    def mean_loss(self) -> Tensor:
-        """Mean loss over all tokens evaluated since the evaluation began, on all devices, in nats."""
-        return self.loss_sum.compute() / self.num_tokens.compute()
-
     def _log_evaluation(self, split: str) -> Tensor:
-        loss, accuracy = self.mean_loss(), self.num_correct.compute() / self.num_tokens.compute()
+        """Over all tokens, on all devices; the mean of the batches' perplexities would be another one."""
+        num_tokens = self.num_tokens.compute()
+        loss, accuracy = self.loss_sum.compute() / num_tokens, self.num_correct.compute() / num_tokens
         self.log(f"{split}/loss", loss, prog_bar=True, sync_dist=True)
         self.log_dict({f"{split}/perplexity": loss.exp(), f"{split}/accuracy": accuracy}, sync_dist=True)
-        for metric in (self.loss_sum, self.num_correct, self.num_tokens):
-            metric.reset()
         return loss
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -189,42 +182,55 @@ class LanguageModel(LightningModule):
         hidden = self.transformer(batch[0])  # (B, T, D)
         return self.transformer.logits(hidden[:, -1]).argmax(-1)
 
+    # ---- optimizer and schedule
+
     def configure_optimizers(self) -> Any:
         hparams = self.hparams
         optimizer = build_optimizer(self.transformer, hparams, fused=self._scaler is None)
         if hparams["schedule"] == "cosine":
-            return optimizer
-        scheduler = ReduceLROnPlateau(
+            for group in optimizer.param_groups:
+                group["lr"] = 1.0  # which LambdaLR multiplies by what follows, the learning rate itself
+            return [optimizer], [{"scheduler": LambdaLR(optimizer, self._cosine), "interval": "step"}]
+        schedule = ReduceLROnPlateau(
             optimizer,
             factor=hparams["plateau_factor"],
             patience=hparams["plateau_patience"],
             min_lr=hparams["min_learning_rate"],
         )
-        # Lightning would step it once an epoch and after the checkpoint is written: an interval that never comes
-        # leaves that to on_validation_epoch_end, which runs at every validation and before
-        schedule = {"scheduler": scheduler, "monitor": "val/loss", "frequency": sys.maxsize}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return [optimizer], [{"scheduler": schedule, "monitor": "val/loss", "strict": False}]
+
+    def _cosine(self, step: int) -> float:
+        return cosine_rate(step, self._num_steps, self.hparams)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Called by Lightning: for the cosine after each step, for the plateau once an epoch.
+
+        That is too late for the plateau, since the epoch's checkpoint is written by then, and too seldom where there
+        are several validations in an epoch: `on_validation_epoch_end` steps it.
+        """
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+
+    # ---- devices
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.hparams["compile"]:
+            device = self.trainer.strategy.root_device.type
+            check_can_compile(device)
+            tell_compiled_code_by_its_vectors()
+            # gradients lie in a graph's memory, which its next call uses again: none where they are added up or shared
+            can_replay = self.trainer.world_size == self.trainer.accumulate_grad_batches == 1
+            self.transformer.compile(mode=compile_mode(device, self.transformer) if can_replay else None)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuse an id outside the vocabulary while it is on the host, where the error can still name it."""
+        vocab_size = self.hparams["vocab_size"]
+        for tokens in batch:
+            for bad in (int(extreme) for extreme in torch.aminmax(tokens)):
+                check(0 <= bad < vocab_size, f"token id {bad} is outside the vocabulary of vocab_size={vocab_size}")
+        return batch
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
         """That of float16; under it no optimizer is fused, which would leave gradients scaled when they are clipped."""
-        return getattr(self.trainer.precision_plugin, "scaler", None) if self._trainer is not None else None
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to replace a sound checkpoint by one that is not.
-
-        Raises:
-            NotFiniteError: a weight is not finite.
-        """
-        for name, weights in checkpoint["state_dict"].items():
-            if not torch.isfinite(weights).all():
-                raise NotFiniteError(f"step {self.trainer.global_step}: {name}")
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let this module's hyper-parameters win over the stored ones.
-
-        Raises:
-            InputError: a hyper-parameter that the stored weights or optimizer state are tied to differs.
-        """
-        check_applicable(checkpoint["hyper_parameters"], self.hparams)
-        adapt_states(checkpoint, self.hparams, fused=self._scaler is None)
+        return getattr(self.trainer.precision_plugin, "scaler", None)

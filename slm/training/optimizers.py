@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 
 from slm.errors import check
@@ -20,17 +19,17 @@ SMALLEST_NORM = 1e-7
 """A gradient below it is not blown up to a whole step; the squares of far smaller numbers would be 0."""
 
 
-def build_optimizer(transformer: nn.Module, hparams: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
+def build_optimizer(network: nn.Module, hparams: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
     """The optimizer that `hparams["optimizer"]` names; matrices decay, biases and norms do not.
 
     Args:
-        transformer: its parameters are stepped.
+        network: its parameters are stepped.
         hparams: `optimizer`, `learning_rate` and `weight_decay`.
         fused: whether one kernel steps all parameters that AdamW, Adam or SGD steps.
     """
-    parameters = dict(transformer.named_parameters())
-    decayed = {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": hparams["weight_decay"]}
-    others = {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0}
+    parameters = list(network.parameters())
+    decayed = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": hparams["weight_decay"]}
+    others = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
     settings: dict[str, Any] = {"lr": hparams["learning_rate"], "fused": fused}
     if hparams["optimizer"] == "adamw":
         return torch.optim.AdamW([decayed, others], **settings)
@@ -38,7 +37,8 @@ def build_optimizer(transformer: nn.Module, hparams: Mapping[str, Any], fused: b
         return torch.optim.Adam([decayed, others], **settings)
     if hparams["optimizer"] == "sgd":
         return torch.optim.SGD([decayed, others], momentum=0.9, **settings)
-    embeddings = {id(p) for name, p in parameters.items() if "embedding" in name}
+    embeddings = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    embeddings.add(id(getattr(network, "output_weight", None)))
     hidden = {**decayed, "params": [p for p in decayed["params"] if id(p) not in embeddings]}
     decayed["params"] = [p for p in decayed["params"] if id(p) in embeddings]
     return MuonWithAdamW(hidden, [decayed, others], **settings)
@@ -64,6 +64,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         fused: whether one kernel does AdamW's step.
     """
 
+    found_inf: Tensor | None = None
+    """1.0 where this step is to be left out, as torch's fused optimizers know it; None means 0.0."""
+
     def __init__(self, matrices: dict[str, Any], others: list[dict[str, Any]], lr: float, fused: bool) -> None:
         self._adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), fused=fused)
         super().__init__([{"lr": lr, "weight_decay": 0.0, **matrices}, *self._adamw.param_groups], {})
@@ -81,6 +84,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()
+        self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self._step_matrices()
         self._adamw.step()
         return loss
@@ -96,6 +100,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        is_taken = None if self.found_inf is None else self.found_inf == 0
+        if is_taken is not None:  # else a momentum stays as it is
+            gradients = [torch.where(is_taken, g, m) for g, m in zip(gradients, momenta, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
         same_shape: dict[torch.Size, list[int]] = {}
@@ -105,7 +112,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             steps = orthogonalized(torch.stack([updates[index] for index in indices]))
             rate = 0.2 * math.sqrt(max(shape[-2:])) * group["lr"]
             for index, step in zip(indices, steps, strict=True):
-                parameters[index].mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=rate)
+                moved = (parameters[index] * (1 - group["lr"] * group["weight_decay"])).sub_(step, alpha=rate)
+                parameters[index].copy_(moved if is_taken is None else torch.where(is_taken, moved, parameters[index]))
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
@@ -136,7 +144,7 @@ def matmul_flops(optimizer: torch.optim.Optimizer) -> int:
     return flops
 
 
-def cosine_rate(step: int, num_steps: int, hparams: Mapping[str, Any]) -> float:
+def cosine_rate(step: int, num_steps: float, hparams: Mapping[str, Any]) -> float:
     """Learning rate of the step with this number: linear warm-up, then half a cosine (Loshchilov and Hutter, 2017)."""
     peak, warmup, end = (hparams[name] for name in ("learning_rate", "warmup_steps", "min_learning_rate"))
     if step < warmup:
@@ -146,20 +154,13 @@ def cosine_rate(step: int, num_steps: int, hparams: Mapping[str, Any]) -> float:
 
 
 def num_steps(trainer: Any) -> int:
-    """Optimizer steps of a Trainer's whole run; its own estimate would set the training loader up anew.
+    """Optimizer steps of a Trainer's whole run, once it has begun.
 
     Raises:
-        InputError: it has no end in steps or epochs, or its steps change their length.
+        InputError: it has no end in steps or epochs.
     """
-    message = "schedule=cosine needs as many batches in every step: leave out GradientAccumulationScheduler"
-    check(not rescheduled(trainer), message)
     limits = [trainer.max_steps] if trainer.max_steps > 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         limits.append(trainer.max_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
     check(bool(limits), "schedule=cosine needs an end: give --trainer.max_epochs or --trainer.max_steps")
     return int(min(limits))
-
-
-def rescheduled(trainer: Any) -> bool:
-    """Whether a callback of the Trainer changes how many batches make a step."""
-    return any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)

@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 from torchmetrics import SumMetric
 
+from slm.run.lightning_internals import close_bars
 from slm.training.language_model import LanguageModel
+from slm.training.step import is_logged
 
 SPEED = "train/tokens_per_second"
 SECONDS_BETWEEN_REFRESHES = 0.1
@@ -34,7 +36,7 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Draw it ten times a second at most: a small model's step is over sooner than that is done."""
-        if trainer.global_step == 1 or _is_logging(trainer):
+        if is_logged(trainer, trainer.global_step):
             self._read(trainer)
         now = time.perf_counter()
         if now >= self._next_refresh or trainer.is_last_batch:
@@ -43,9 +45,7 @@ class ProgressBar(TQDMProgressBar):
 
     def on_exception(self, *_: Any) -> None:
         """Give what is said next a line of its own."""
-        for bar in (self._train_progress_bar, self._val_progress_bar):
-            if bar is not None:
-                bar.close()
+        close_bars(self)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Of the last logging step: to read them is to wait for the device, which no step in between has to."""
@@ -57,11 +57,6 @@ class ProgressBar(TQDMProgressBar):
         metrics = trainer.callback_metrics
         shown = {"loss": ("train/loss", ".3f"), "val_loss": ("val/loss", ".3f"), "tokens/s": (SPEED, ",.0f")}
         self._shown = {name: format(metrics[tag], style) for name, (tag, style) in shown.items() if tag in metrics}
-
-
-def _is_logging(trainer: Trainer) -> bool:
-    step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return bool(interval and step % interval == 0)
 
 
 class StepMonitor(Callback):
@@ -79,6 +74,7 @@ class StepMonitor(Callback):
         self._step = 0
         self._window_tokens = 0
         self._all_tokens = 0
+        self._learning_rate = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Of the steps that are done: an accumulation window that is not is trained again."""
@@ -92,6 +88,9 @@ class StepMonitor(Callback):
         if self._running_since is None:
             self._running_since = time.perf_counter()
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._learning_rate = optimizer.param_groups[0]["lr"]  # after the step it is that of the next
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
@@ -100,11 +99,11 @@ class StepMonitor(Callback):
         step = trainer.global_step
         if step != self._step:
             self._all_tokens, self._window_tokens = self._all_tokens + self._window_tokens, 0
-        if _is_logging(trainer) and step != self._logged_step:
+        if is_logged(trainer, step) and step != self._logged_step:
             self._stop_clock()
             pl_module.log(SPEED, self._tokens / self._elapsed)
             pl_module.log("train/tokens", float(self._all_tokens))
-            pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"])
+            pl_module.log("lr", self._learning_rate)
             self._running_since = time.perf_counter()
             self._elapsed, self._tokens, self._logged_step = 0.0, 0, step
 

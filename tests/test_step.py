@@ -1,6 +1,7 @@
 """What one optimizer step is made of: the true gradient of its window, and nothing that is not finite."""
 
 import copy
+import math
 import re
 from typing import Any
 
@@ -13,7 +14,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 from slm.data.windows import shuffled
 from slm.errors import NotFiniteError
+from slm.run.callbacks import SelfContained
 from slm.training.language_model import LanguageModel
+from slm.training.step import FiniteGuard
 
 
 class Gradients(Callback):
@@ -57,6 +60,24 @@ def test_a_window_is_stepped_with_the_gradient_of_the_mean_loss_over_its_tokens(
         torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_the_logged_loss_is_the_mean_over_the_tokens_of_the_whole_step() -> None:
+    class Logged(Callback):
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.losses.append(trainer.callback_metrics.get("train/loss", torch.tensor(math.nan)).item())
+
+    model, data, logged = small_model(learning_rate=1e-9), small_data(batch_size=50), Logged()
+    twin = copy.deepcopy(model)
+    fit(model, data, callbacks=[logged], accumulate_grad_batches=4, limit_val_batches=0, log_every_n_steps=1)
+    assert data.train_windows is not None
+    tokens, targets = (torch.stack(part) for part in zip(*[data.train_windows[k] for k in range(112)], strict=True))
+    whole = F.cross_entropy(twin(tokens).flatten(0, 1), targets.flatten()).item()
+    assert logged.losses[-1] == pytest.approx(whole, rel=1e-5)  # of batches of 50, 50 and 12 windows
+    assert math.isnan(logged.losses[0])
+
+
 class Poison(Callback):
     """Makes something not finite from one step on."""
 
@@ -65,11 +86,9 @@ class Poison(Callback):
         self.steps = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        healthy = pl_module.training_step
+        healthy = pl_module.loss
         if self.what == "loss":
-            pl_module.training_step = lambda *args: (
-                healthy(*args) + (self.value if trainer.global_step >= self.step else 0)
-            )
+            pl_module.loss = lambda *args: healthy(*args) + (self.value if trainer.global_step >= self.step else 0)
 
     def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
         if self.what == "gradient" and trainer.global_step >= self.step:
@@ -94,9 +113,6 @@ def test_what_is_not_finite_stops_the_run_before_the_optimizer_and_is_named_with
 
 def test_a_loss_in_the_middle_of_a_window_that_is_not_finite_is_noticed() -> None:
     class InTheMiddle(Poison):
-        def on_before_backward(self, *_: Any) -> None:
-            self.value = float("nan") if self.steps % 4 == 1 else 0.0
-
         def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             self.value = float("nan") if batch_idx % 4 == 1 else 0.0
 
@@ -107,6 +123,27 @@ def test_a_loss_in_the_middle_of_a_window_that_is_not_finite_is_noticed() -> Non
             callbacks=[InTheMiddle("loss", 0.0, step=0)],
             accumulate_grad_batches=4,
         )
+
+
+class Unseen(Callback):
+    """Lets the guard look at logged steps alone, as on a GPU."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module._guard = FiniteGuard(is_free=False)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_where_looking_would_mean_waiting_no_weight_changes_from_a_bad_step_on(what: str, optimizer: str) -> None:
+    expected, model = small_model(optimizer=optimizer), small_model(optimizer=optimizer)
+    settings: dict[str, Any] = {"limit_val_batches": 0, "log_every_n_steps": 5, "gradient_clip_val": 1.0}
+    fit(expected, small_data(batch_size=8), max_steps=3, **settings)
+    poison = Poison(what, math.nan, step=3)
+    with pytest.raises(NotFiniteError, match="step 3: the loss or the norm of the gradient is not finite"):
+        fit(model, small_data(batch_size=8), callbacks=[poison, Unseen()], **settings)
+    assert poison.steps == 4  # the fifth step is logged
+    for weights, kept in zip(expected.parameters(), model.parameters(), strict=True):
+        assert torch.equal(weights, kept)
 
 
 def scaled(model: LanguageModel, scale: float, steps: int, poison: Callback) -> torch.amp.GradScaler:
@@ -137,7 +174,7 @@ def test_a_loss_that_is_not_finite_is_none_of_the_scalers_business() -> None:
 
 def test_a_checkpoint_with_a_weight_that_is_not_finite_is_not_written() -> None:
     model = small_model()
-    trainer = fit(model, small_data(), max_steps=1)
+    trainer = fit(model, small_data(), max_steps=1, callbacks=[SelfContained()])
     torch.nn.init.constant_(model.transformer.final_norm.bias, float("inf"))
     with pytest.raises(NotFiniteError, match=r"transformer\.final_norm\.bias is not finite"):
         trainer.save_checkpoint("never.ckpt")

@@ -1,82 +1,50 @@
-"""What a run keeps of itself, and when: the best checkpoint, the last one, and what makes a copy of one whole."""
+"""What a run keeps of itself, and when: the best checkpoint, the last one, its settings."""
 
 import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from slm.durable import lock, replace_file, sweep
-from slm.errors import InputError, NotWrittenError, check
+from slm.durable import replace_file
+from slm.errors import InputError, NotFiniteError, NotWrittenError
 from slm.messages import say
-from slm.run.checkpoint import WEIGHTS_NAME, DurableCheckpointIO
+from slm.run.checkpoint import WEIGHTS_NAME, DurableCheckpointIO, last_checkpoint
+from slm.run.loading import class_path_of
 from slm.run.resume import ExactResume, is_fitting
+from slm.run.signals import SIGNALS, Stopped
 from slm.run.slurm import requeue_signals
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-"""Ctrl-C, a scheduler, and a terminal that was closed; a job of SLURM hears `requeue_signals` too."""
 CURVES = "events.out.tfevents.*"
 SECONDS_BETWEEN_SAVES = 60.0
 LARGEST_SHARE_OF_TIME = 0.01
 """What saving by the clock may cost: a save that takes long makes the next one wait."""
 
 
-class Stopped(BaseException):
-    """A signal ended the run; like KeyboardInterrupt it is no error, and no `except Exception` takes it for one.
-
-    Attributes:
-        signum: the signal.
-        step: how many optimizer steps were done.
-        path: the checkpoint to go on from; None where nothing is kept.
-    """
-
-    def __init__(self, signum: int, step: int, path: Path | None) -> None:
-        kept = "which is kept" if path else "of which nothing is kept"
-        where = f"at step {step}, {kept}" if step else "before its first step: nothing is lost"
-        super().__init__(f"stopped by {signal.Signals(signum).name} {where}")
-        self.signum, self.step, self.path = signum, step, path
-
-
-@contextlib.contextmanager
-def stopped_by_signals(progress: Callable[[], tuple[int, Path | None]]) -> Iterator[None]:
-    """Raise `Stopped` where a signal of a scheduler comes before or after training, which has its own way to stop.
-
-    Args:
-        progress: says how many steps are done, and the checkpoint to go on from.
-    """
-
-    def stop(signum: int, frame: Any) -> None:
-        raise Stopped(signum, *progress())
-
-    heard = [signum for signum in (*SIGNALS, *requeue_signals()) if signal.getsignal(signum) == signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread():
-        heard = []
-    for signum in heard:
-        signal.signal(signum, stop)
-    try:
-        yield
-    finally:
-        for signum in heard:
-            signal.signal(signum, signal.SIG_DFL)
-
-
 class SelfContained(Callback):
-    """Adds to every checkpoint what a copy of it, alone, needs: which data it was trained on and its tokenizer."""
+    """Adds to every checkpoint what a copy of it, alone, needs: the classes of its model and data, and its tokenizer.
+
+    It refuses to replace a sound checkpoint by one that is not.
+    """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raises NotFiniteError where a weight is not finite."""
+        for name, weights in checkpoint["state_dict"].items():
+            if not torch.isfinite(weights).all():
+                raise NotFiniteError(f"step {trainer.global_step}: {name}")
+        checkpoint["model_class"] = class_path_of(type(pl_module))
         data = getattr(trainer, "datamodule", None)
         if data is not None:
             checkpoint["tokenizer"] = data.tokenizer
             checkpoint["data"] = {
-                "class_path": f"{type(data).__module__}.{type(data).__qualname__}",
+                "class_path": class_path_of(type(data)),
                 "init_args": {k: v for k, v in data.hparams.items() if k not in pl_module.hparams},
             }
             checkpoint["fingerprint"] = data.fingerprint
@@ -114,51 +82,6 @@ class BestCheckpoint(ModelCheckpoint):
             super().load_state_dict({**state_dict, **moved, "best_k_models": scores})
 
 
-def hold(run: Path) -> IO[str]:
-    """Hold a run's folder for as long as the file that is returned is open, or its process lives.
-
-    Raises:
-        InputError: another process holds it, or it cannot be written to.
-    """
-    try:
-        file = (run / ".lock").open("w")
-    except OSError as error:
-        message = f"{run} cannot be written to: {error.strerror}; permit it, or copy the run to where you may write"
-        raise InputError(message) from error
-    try:
-        lock(file)
-    except BlockingIOError as error:
-        raise InputError(f"{run} is being trained by another process: stop that first") from error
-    return file
-
-
-def begin(run: Path, config: str, tokenizer: str | None) -> None:
-    """Put into the folder of a new run its settings and, where it is a `tokenizer.json`, its tokenizer."""
-    replace_file(run / "config.yaml", config.encode())
-    if tokenizer not in (None, "bytes"):
-        replace_file(run / "tokenizer.json", tokenizer.encode())
-
-
-def take_over(run: Path, content: Mapping[str, Any]) -> None:
-    """Make the folder of a run that was stopped ready to go on from this content of a checkpoint.
-
-    What a killed process left half-written is removed. So are the curves of a process that was killed before it saved
-    anything, where it may have drawn the result of a validation that is still to be done: TensorBoard hides what lies
-    past the step that a run goes on from, and this belongs to the very step. It is drawn once more.
-
-    Raises:
-        InputError: the folder cannot be written to.
-    """
-    kept = run / "checkpoints"
-    check(os.access(kept, os.W_OK) or not kept.exists(), f"{kept} cannot be written to: permit it")
-    sweep(run)
-    sweep(kept)
-    if content.get("position", {}).get("is_unvalidated"):
-        for file in run.glob(CURVES):
-            if file.name not in content.get("curves", []):
-                file.unlink()
-
-
 class LastCheckpoint(Callback):
     """`last.ckpt`: after every validation, once a minute, at the end, at a signal, and on an exception.
 
@@ -170,7 +93,7 @@ class LastCheckpoint(Callback):
     """
 
     def __init__(self, run: Path, resume: ExactResume) -> None:
-        self.path = run / "checkpoints" / "last.ckpt"
+        self.path = last_checkpoint(run)
         self.resume = resume
         self.is_due = False
         self.signum: int | None = None
@@ -212,9 +135,10 @@ class LastCheckpoint(Callback):
         """Keep what was reached; a failure to do so is said beside the exception that ended the run."""
         if isinstance(exception, KeyboardInterrupt):
             say(f"stopped at once: {self.path} is from before" if self.path.exists() else "stopped at once, unkept")
-        is_hopeless = isinstance(exception, Stopped | KeyboardInterrupt | NotWrittenError)
-        others_wait = trainer.world_size > 1  # for ever, were this one to wait for them
-        if trainer.state.fn == "fit" and self.resume.can_be_kept and not (is_hopeless or others_wait):
+        is_meant = isinstance(exception, Stopped | KeyboardInterrupt)
+        is_hopeless = isinstance(exception, NotWrittenError) and str(self.path) in str(exception)
+        is_alone = trainer.world_size == 1  # saving is collective, and the other ranks never arrive
+        if trainer.state.fn == "fit" and self.resume.can_be_kept and is_alone and not (is_meant or is_hopeless):
             try:
                 self._save(trainer)
                 say(f"step {trainer.global_step} is kept in {self.path}")
@@ -252,11 +176,24 @@ class LastCheckpoint(Callback):
             raise Stopped(signum, step, self.path if step else None)
 
 
+class ConfigKeeper(Callback):
+    """Writes `config.yaml` when training starts, so that after a resume it holds the settings now in force."""
+
+    def __init__(self, path: Path, config: str) -> None:
+        self.path = path
+        self.config = config
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        replace_file(self.path, self.config.encode())
+
+
 @rank_zero_only
 def _write_weights(trainer: Trainer, module: Any, path: Path) -> None:
     """Write `hyper_parameters`, the Transformer's `state_dict` and `tokenizer`, whole or not at all."""
     content = {
         "hyper_parameters": dict(module.hparams),
+        "model_class": class_path_of(type(module)),
         "state_dict": {name: value.cpu() for name, value in module.transformer.state_dict().items()},
         "tokenizer": getattr(getattr(trainer, "datamodule", None), "tokenizer", None),
     }

@@ -1,0 +1,104 @@
+"""A checkpoint -> the model that it holds, and what of a model's options it is tied to."""
+
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slm.errors import InputError, check
+from slm.run.checkpoint import load_weights, open_checkpoint
+from slm.training.language_model import LanguageModel
+
+
+def load(ckpt_path: str | Path) -> LanguageModel:
+    """A trained model in eval mode, on the CPU.
+
+    Args:
+        ckpt_path: `last` or `best` (of the newest run under `runs/`), a run folder (its best), a `.ckpt` or a `.pt`.
+
+    Raises:
+        InputError: there is no such checkpoint, or it is damaged or foreign.
+    """
+    return restore(*open_checkpoint(ckpt_path, prefer="best"))
+
+
+def restore(path: Path, content: dict[str, Any]) -> LanguageModel:
+    """The model, in eval mode, of the content of a checkpoint; raises InputError where that does not fit."""
+    class_path = model_named_in(content, path)
+    kind = LanguageModel if class_path is None else import_model(class_path)
+    try:
+        with torch.random.fork_rng(devices=[]):  # a new model draws its weights from the caller's random numbers
+            model = kind(**content["hyper_parameters"])
+    except TypeError as error:
+        raise InputError(f"{path} does not fit this version of the model: {error}") from error
+    load_weights(model.transformer, content, path)
+    return model.eval()
+
+
+def class_path_of(kind: type[Any]) -> str:
+    """How a class is named in settings: by the package that offers it, or else by its module."""
+    package = kind.__module__.rpartition(".")[0]
+    is_offered = getattr(sys.modules.get(package), kind.__qualname__, None) is kind
+    return f"{package if is_offered else kind.__module__}.{kind.__qualname__}"
+
+
+def is_ours(class_path: str) -> bool:
+    """Whether a class belongs to this package, so that importing it runs no code of anyone else."""
+    return class_path.startswith("slm.")
+
+
+def import_model(class_path: str) -> type[LanguageModel]:
+    """The class of a model by its dotted name; raises InputError where there is none of that name."""
+    kind = LanguageModel if class_path == "LanguageModel" else import_class(class_path, "model")
+    is_model = isinstance(kind, type) and issubclass(kind, LanguageModel)
+    check(is_model, f"model={class_path} is no LanguageModel: make it a subclass of slm.LanguageModel")
+    return kind
+
+
+def import_class(class_path: str, setting: str) -> Any:
+    """A class by its dotted name; raises InputError, naming the setting that gives it, where there is none."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        message = f"{setting}={class_path}: there is no such class ({error}); give a name like package.module.Class"
+        raise InputError(message) from error
+
+
+def model_named_in(content: Mapping[str, Any], path: Path) -> str | None:
+    """The class that a checkpoint names; None where it is LanguageModel.
+
+    Raises:
+        InputError: it is one of another package, which a file alone must not choose: importing it runs its code. The
+            settings of the run that the file lies in may, or whoever has imported it already.
+    """
+    class_path = content.get("model_class")
+    if class_path is None or class_path == class_path_of(LanguageModel):
+        return None
+    folders = [folder for folder in (path.parent, path.parent.parent) if (folder / "config.yaml").is_file()]
+    is_named = any(f"class_path: {class_path}\n" in (f / "config.yaml").read_text(encoding="utf-8") for f in folders)
+    is_imported = class_path.rpartition(".")[0] in sys.modules
+    check(
+        is_ours(class_path) or is_named or is_imported,
+        f"{path} holds a {class_path}, which is not imported for a file alone: put the config.yaml of its run beside "
+        "it, or name the class with --model",
+    )
+    return str(class_path)
+
+
+def check_applicable(stored: Mapping[str, Any], asked: Mapping[str, Any], kind: type[LanguageModel]) -> None:
+    """Raise InputError where options that a checkpoint is tied to differ from those asked for.
+
+    One that the checkpoint does not know, because it came later, had its default.
+    """
+    defaults = {name: parameter.default for name, parameter in kind.signature().parameters.items()}
+    for name in (*sorted(kind.tied_options()), "optimizer", "schedule"):
+        has = stored.get(name, defaults[name])
+        check(
+            has == asked[name],
+            f"{name}={asked[name]} cannot apply to a checkpoint trained with {name}={has}: leave it out, or start a "
+            "new run without --ckpt_path",
+        )
