@@ -9,7 +9,7 @@ from conftest import likeliest, small_model
 from torch import Tensor
 
 from slm.errors import InputError
-from slm.model.sampling import Sampler, decode
+from slm.model.sampling import Sampler, decode, draw_by_a_race, draw_from_sums
 from slm.model.transformer import CausalSelfAttention, KVCache, Transformer, without_call_overhead
 
 
@@ -98,6 +98,15 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
     drawn = Sampler(temperature=0.7, batch_size=4000)(logits.expand(4000, 20))
     expected = (logits[0] / 0.7).softmax(-1)
     assert torch.bincount(drawn, minlength=20) / 4000 == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("draw", [draw_from_sums, draw_by_a_race])
+def test_both_ways_draw_with_the_same_probabilities(draw: Any) -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.3, 0.2, 0.0])
+    generators = [torch.Generator().manual_seed(row) for row in range(4000)]
+    counts = torch.bincount(draw(probabilities.expand(4000, 5), generators), minlength=5)
+    assert counts / 4000 == pytest.approx(probabilities, abs=0.03)
+    assert counts[0] == counts[4] == 0
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ B batch, T time, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ class Sampler:
         check(0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1")
         check(0 <= seed < 2**63, f"seed={seed} must be at least 0 and below 2**63")
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self._generators = [torch.Generator().manual_seed(seed + row) for row in range(batch_size)]
+        self._seeds = range(seed, seed + batch_size)
+        self._generators: list[torch.Generator] = []
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Tokens (B,) from logits (B, V), on their device; raises InputError where these are not finite."""
@@ -74,11 +75,12 @@ class Sampler:
             likeliest = logits.max(-1)
             _check_finite(likeliest.values)
             return likeliest.indices
-        cumulated = self.probabilities(logits.cpu()).cumsum(-1)  # where sums are the same each time, and rise
-        total = cumulated[:, -1:]
-        _check_finite(total)
-        drawn = 1 - torch.cat([torch.rand(1, generator=generator) for generator in self._generators])  # in (0, 1]
-        return torch.searchsorted(cumulated, drawn[:, None] * total)[:, 0].to(logits.device)
+        if not self._generators:
+            self._generators = [torch.Generator(logits.device).manual_seed(seed) for seed in self._seeds]
+        draw = draw_from_sums if logits.device.type == "cpu" else draw_by_a_race
+        probabilities = self.probabilities(logits)
+        _check_finite(probabilities.sum(-1))
+        return draw(probabilities, self._generators)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What is drawn from, (B, V), for a temperature above 0; its sum is the share that `top_p` leaves."""
@@ -91,6 +93,24 @@ class Sampler:
             likelier = ordered.cumsum(-1) - ordered
             probabilities = probabilities.scatter(-1, order, ordered.masked_fill(likelier >= self.top_p, 0.0))
         return probabilities
+
+
+def draw_from_sums(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Tokens (B,) with these probabilities (B, V), by one random number each.
+
+    On a GPU sums are not the same each time, and need not rise.
+    """
+    cumulated = probabilities.cumsum(-1)
+    drawn = 1 - torch.cat([torch.rand(1, generator=generator) for generator in generators])  # in (0, 1]
+    return torch.searchsorted(cumulated, drawn[:, None] * cumulated[:, -1:])[:, 0]
+
+
+def draw_by_a_race(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """The same on the device of the probabilities: the token whose exponential time, at this rate, is the first."""
+    times = torch.empty_like(probabilities)
+    for row, generator in zip(times, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (probabilities / times).argmax(-1)
 
 
 def _check_finite(values: Tensor) -> None:

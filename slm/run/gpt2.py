@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slm.data.tokenizer import END_OF_TEXT, ByteTokenizer, SubwordTokenizer, byte_characters
 from slm.errors import InputError, check
+from slm.model.transformer import Transformer
 from slm.training.language_model import LanguageModel
 
 NAMES = {
@@ -92,8 +93,13 @@ def as_gpt2(model: LanguageModel, end_of_text: int | None) -> Any:
         end_of_text: the id that closes a document, if there is one.
 
     Raises:
-        InputError: `transformers` is not there.
+        InputError: its network is another one, or `transformers` is not there.
     """
+    name = type(model.transformer).__name__
+    check(
+        model.network is Transformer,
+        f"GPT-2's format cannot hold a {name}: export a model whose network is Transformer",
+    )
     transformers = import_transformers()
     sizes = {theirs: model.hparams[ours] for ours, theirs in SIZES.items()}
     dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop"), model.hparams["dropout"])
