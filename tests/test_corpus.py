@@ -19,11 +19,9 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slm.data import corpus, documents, prepared, tokenizer
-from slm.data import text as text_module
-from slm.data.corpus import own_bpe, saved_tokens, token_stream
-from slm.data.prepared import cache_folder
-from slm.data.text import Text
+from slm.data import corpus, documents, tokenizer
+from slm.data.corpus import cache_folder, own_bpe, saved_tokens, token_stream
+from slm.data.files import find_text, find_texts
 from slm.data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 from slm.errors import InputError, NotWrittenError
 
@@ -45,7 +43,7 @@ def write(file: Path, text: str | bytes, seconds: int = LONG_AGO) -> Path:
 
 
 def read(path: Path | None, tokenizer: Tokenizer = BYTES) -> list[int]:
-    return token_stream(Text(path), tokenizer)[0].long().tolist()
+    return token_stream(find_texts(path)[0], tokenizer)[0].long().tolist()
 
 
 def kept_in(cache: Path) -> list[str]:
@@ -71,17 +69,17 @@ def test_documents_are_closed_by_an_id_that_utf8_never_contains_and_empty_ones_l
 
 def test_the_facts_count_documents_bytes_and_tokens(cache: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "語 one"}\n{"text": ""}\n{"text": "two"}')
-    tokens, facts = token_stream(Text(path), BYTES)
+    tokens, facts = token_stream(find_text(path), BYTES)
     assert (facts.num_documents, facts.num_bytes, facts.num_tokens) == (2, 7 + 3, 7 + 3 + 2) == (2, 10, len(tokens))
 
 
 def test_the_second_time_no_text_is_read(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "text.txt", "the text")
-    tokens, facts = token_stream(Text(path), BYTES)
+    tokens, facts = token_stream(find_text(path), BYTES)
     kept = kept_in(cache)
     assert len(kept) == 1
-    monkeypatch.setattr(text_module, "read_documents", lambda *_: pytest.fail("read again"))
-    again = token_stream(Text(path), BYTES)
+    monkeypatch.setattr(documents, "read_documents", lambda *_: pytest.fail("read again"))
+    again = token_stream(find_text(path), BYTES)
     assert (again[0].tolist(), again[1]) == (tokens.tolist(), facts)
     assert bytes(again[0].tolist()) == b"the text\xff"
     assert kept_in(cache) == kept
@@ -89,9 +87,9 @@ def test_the_second_time_no_text_is_read(cache: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("seconds", [LONG_AGO, LONG_AGO + 1], ids=["another size", "another time"])
 def test_a_changed_text_is_read_again(seconds: int, cache: Path, tmp_path: Path) -> None:
-    before = token_stream(Text(write(tmp_path / "text.txt", "the text")), BYTES)[1].digest
+    before = token_stream(find_text(write(tmp_path / "text.txt", "the text")), BYTES)[1].digest
     text = "the next" if seconds > LONG_AGO else "the longer text"
-    tokens, facts = token_stream(Text(write(tmp_path / "text.txt", text, seconds)), BYTES)
+    tokens, facts = token_stream(find_text(write(tmp_path / "text.txt", text, seconds)), BYTES)
     assert bytes(tokens.tolist()) == text.encode() + b"\xff"
     assert facts.digest != before
 
@@ -99,7 +97,7 @@ def test_a_changed_text_is_read_again(seconds: int, cache: Path, tmp_path: Path)
 def test_a_text_that_changed_within_the_resolution_of_its_time_is_not_mistaken_for_the_one_before(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepared, "SECONDS_OF_DOUBT", 1e9)  # any time is the same one to this file system
+    monkeypatch.setattr(corpus, "SECONDS_OF_DOUBT", 1e9)  # any time is the same one to this file system
     path = tmp_path / "text.txt"
     path.write_text("the text")
     now = path.stat().st_mtime_ns
@@ -114,7 +112,7 @@ def test_a_time_of_another_clock_does_not_have_a_text_read_again(
 ) -> None:
     path = write(tmp_path / "text.txt", "the text", seconds=2 * LONG_AGO + 2**31)
     read(path)
-    monkeypatch.setattr(text_module, "read_documents", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(documents, "read_documents", lambda *_: pytest.fail("read again"))
     assert bytes(read(path)) == b"the text\xff"
 
 
@@ -134,7 +132,7 @@ def test_the_digest_is_that_of_the_documents_wherever_they_are(cache: Path, tmp_
         (tmp_path / name).mkdir()
         for number, text in enumerate(texts):
             write(tmp_path / name / f"{number}.txt", text)
-        digests.append(token_stream(Text(tmp_path / name), BYTES)[1].digest)
+        digests.append(token_stream(find_text(tmp_path / name), BYTES)[1].digest)
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
 
@@ -177,10 +175,10 @@ def test_a_large_vocabulary_takes_two_or_four_bytes_a_token(cache: Path, tmp_pat
     library = pytest.importorskip("tokenizers")
     path = write(tmp_path / "a.txt", "hello")
     plain = library.Tokenizer.from_str(train_bpe(iter(["hello"]), 300).dump())
-    assert token_stream(Text(path), tokenizer.SubwordTokenizer(plain.to_str()))[0].dtype == torch.uint16
+    assert token_stream(find_text(path), tokenizer.SubwordTokenizer(plain.to_str()))[0].dtype == torch.uint16
     plain.add_tokens([f"more {number}" for number in range(2**16)])
     large = tokenizer.SubwordTokenizer(plain.to_str())
-    tokens, _ = token_stream(Text(path), large)
+    tokens, _ = token_stream(find_text(path), large)
     assert tokens.dtype == torch.uint32
     assert large.decode(tokens.tolist()) == "hello"
 
@@ -203,12 +201,12 @@ def test_the_merges_are_learned_from_the_training_text_alone_and_once(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "text.txt", "abab " * 900 + "xyxy " * 100)
-    own = own_bpe(Text(path), 300, share=0.9)
+    own = own_bpe(find_text(path), 300, share=0.9)
     assert '"ab"' in own.dump()
     assert '"xy"' not in own.dump()
-    assert '"xy"' in own_bpe(Text(path), 300).dump()
+    assert '"xy"' in own_bpe(find_text(path), 300).dump()
     monkeypatch.setattr(corpus, "train_bpe", lambda *_: pytest.fail("learned again"))
-    assert own_bpe(Text(path), 300, share=0.9).dump() == own.dump()
+    assert own_bpe(find_text(path), 300, share=0.9).dump() == own.dump()
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.txt"])
@@ -221,7 +219,7 @@ def test_the_share_is_one_of_the_text_however_it_is_packed(
     path = write(tmp_path / name, gzip.compress(content.encode()) if name.endswith("gz") else content)
     seen: list[str] = []
     monkeypatch.setattr(corpus, "train_bpe", lambda texts, size: (seen.extend(texts), train_bpe(iter(seen), size))[1])
-    own_bpe(Text(path), 300, share=0.6)
+    own_bpe(find_text(path), 300, share=0.6)
     assert "".join(seen) == "".join(words[:54_000])
 
 
@@ -229,10 +227,10 @@ def test_a_damaged_tokenizer_in_the_cache_is_learned_again(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "text.txt", "abab " * 90)
-    own = own_bpe(Text(path), 300).dump()
+    own = own_bpe(find_text(path), 300).dump()
     [kept] = cache.glob("*.json")
     kept.write_text(own[:100])
-    assert own_bpe(Text(path), 300).dump() == own == kept.read_text()
+    assert own_bpe(find_text(path), 300).dump() == own == kept.read_text()
     assert capsys.readouterr().err == f"{kept} is damaged: it is made again\n" * 2
 
 
@@ -244,7 +242,7 @@ def test_the_merges_of_a_large_text_are_learned_from_parts_all_over_it(
         monkeypatch.setattr(place, "PIECE_SIZE", 100)
     seen: list[str] = []
     monkeypatch.setattr(corpus, "train_bpe", lambda texts, size: (seen.extend(texts), train_bpe(iter(seen), size))[1])
-    own_bpe(Text(write(tmp_path / "text.txt", "abcd " * 4000)), 300)
+    own_bpe(find_text(write(tmp_path / "text.txt", "abcd " * 4000)), 300)
     assert sum(map(len, seen)) == pytest.approx(4000, rel=0.1)
 
 
@@ -255,10 +253,10 @@ def test_a_tokenizer_that_loses_text_anywhere_is_known_for_it(
     plain = library.Tokenizer.from_str(train_bpe(iter(["hello"]), 300).dump())
     plain.normalizer = library.normalizers.Lowercase()
     changing = tokenizer.SubwordTokenizer(plain.to_str())
-    assert token_stream(Text(write(tmp_path / "a.txt", "lower " * 100)), changing)[1].is_exact
+    assert token_stream(find_text(write(tmp_path / "a.txt", "lower " * 100)), changing)[1].is_exact
     monkeypatch.setattr(corpus, "BATCH_SIZE", 10)
-    assert not token_stream(Text(write(tmp_path / "b.txt", "lower " * 100 + "Upper")), changing)[1].is_exact
-    assert token_stream(Text(tmp_path / "b.txt"), train_bpe(iter(["lower"]), 300))[1].is_exact
+    assert not token_stream(find_text(write(tmp_path / "b.txt", "lower " * 100 + "Upper")), changing)[1].is_exact
+    assert token_stream(find_text(tmp_path / "b.txt"), train_bpe(iter(["lower"]), 300))[1].is_exact
 
 
 def test_a_tokenizer_with_marks_for_spaces_is_exact_where_it_is(cache: Path, tmp_path: Path) -> None:
@@ -269,8 +267,8 @@ def test_a_tokenizer_with_marks_for_spaces_is_exact_where_it_is(cache: Path, tmp
     plain.train_from_iterator(["one two three"], trainer)
     marked = tokenizer.SubwordTokenizer(plain.to_str())
     lines = '{"text": "one two"}\n{"text": "three one"}'
-    assert token_stream(Text(write(tmp_path / "a.jsonl", lines)), marked)[1].is_exact
-    assert not token_stream(Text(write(tmp_path / "b.jsonl", lines.replace("e o", "e x"))), marked)[1].is_exact
+    assert token_stream(find_text(write(tmp_path / "a.jsonl", lines)), marked)[1].is_exact
+    assert not token_stream(find_text(write(tmp_path / "b.jsonl", lines.replace("e o", "e x"))), marked)[1].is_exact
 
 
 def test_saved_tokens_are_mapped_as_they_are_and_looked_through_once(
@@ -279,13 +277,13 @@ def test_saved_tokens_are_mapped_as_they_are_and_looked_through_once(
     monkeypatch.setattr(corpus, "BATCH_SIZE", 3)
     ids = [5, 60_000, 7, 8, 65_535, 9, 65_535]
     path = write(tmp_path / "train.bin", torch.tensor(ids, dtype=torch.uint16).numpy().tobytes())
-    tokens, facts = saved_tokens(path)
+    tokens, facts = saved_tokens(find_text(path))
     assert tokens.dtype == torch.uint16
     assert tokens.long().tolist() == ids
     assert (facts.num_tokens, facts.largest, facts.largest_at) == (7, 65_535, 4)
     assert sum(file.stat().st_size for file in cache.iterdir()) < 300
     monkeypatch.setattr(corpus, "_look_through", lambda *_: pytest.fail("looked through again"))
-    assert saved_tokens(path)[1] == facts
+    assert saved_tokens(find_text(path))[1] == facts
 
 
 @pytest.mark.parametrize(
@@ -293,7 +291,7 @@ def test_saved_tokens_are_mapped_as_they_are_and_looked_through_once(
 )
 def test_a_broken_file_of_tokens_is_refused(content: bytes, message: str, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
-        saved_tokens(write(tmp_path / "train.bin", content))
+        saved_tokens(find_text(write(tmp_path / "train.bin", content)))
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused_and_leaves_nothing(
@@ -301,11 +299,13 @@ def test_a_text_that_changes_while_it_is_read_is_refused_and_leaves_nothing(
 ) -> None:
     path = write(tmp_path / "log.txt", "some of it")
 
+    read_documents = documents.read_documents
+
     def grow(*arguments: Any) -> Any:
-        yield from documents.read_documents(*arguments)
+        yield from read_documents(*arguments)
         path.write_text("more of it now")
 
-    monkeypatch.setattr(text_module, "read_documents", grow)
+    monkeypatch.setattr(documents, "read_documents", grow)
     with pytest.raises(InputError, match=r"log.txt changed while it was read"):
         read(path)
     assert kept_in(cache) == []
@@ -314,12 +314,12 @@ def test_a_text_that_changes_while_it_is_read_is_refused_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (lambda content: content[:-1] + b"\x07", "was made by another version"),
-        (lambda content: content[:-20], "is damaged"),
-        (lambda content: content[10:], "is damaged"),
-        (lambda content: b"", "is damaged"),
-        (lambda content: content.replace(b"typecode", b"typekode"), "is damaged"),
-        (lambda content: content.replace(b'{"num', b'["num'), "is damaged"),
+        (lambda content: content[:-1] + b"\x07", "is damaged, or of another version"),
+        (lambda content: content[:-20], "is damaged, or of another version"),
+        (lambda content: content[10:], "is damaged, or of another version"),
+        (lambda content: b"", "is damaged, or of another version"),
+        (lambda content: content.replace(b"typecode", b"typekode"), "is damaged, or of another version"),
+        (lambda content: content.replace(b'{"num', b'["num'), "is damaged, or of another version"),
     ],
     ids=["version", "end", "beginning", "all", "facts", "JSON"],
 )
@@ -359,7 +359,7 @@ import sys
 import time
 from pathlib import Path
 from slm.data.corpus import token_stream
-from slm.data.text import Text
+from slm.data.files import find_text
 from slm.data.tokenizer import ByteTokenizer
 
 class Slow(ByteTokenizer):
@@ -369,7 +369,7 @@ class Slow(ByteTokenizer):
             time.sleep(0.01)
         return super().encode(pieces)
 
-print(token_stream(Text(Path(sys.argv[1])), Slow())[1].digest)
+print(token_stream(find_text(Path(sys.argv[1])), Slow())[1].digest)
 """
 
 

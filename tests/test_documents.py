@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm.data import documents
-from slm.data.binary import binary_kind
-from slm.data.documents import read_documents
+from slm.data.documents import binary_kind, read_documents
 from slm.data.files import look_at
 from slm.errors import InputError
 
@@ -91,8 +90,7 @@ def test_a_second_mark_and_one_within_a_field_are_content(tmp_path: Path) -> Non
 
 
 def test_a_fault_after_the_mark_is_named_by_its_place_in_the_file(tmp_path: Path) -> None:
-    for name, content in (("a.txt", b"ok \xff"), ("a.jsonl", b'{"\xff')):
-        offset = len(MARK + content) - 1
+    for name, content, offset in (("a.txt", b"ok \xff", 6), ("a.jsonl", b'{"\xff', 2)):
         with pytest.raises(InputError, match=rf"byte 0xff at offset {offset}"):
             read(write(tmp_path / name, MARK + content))
 
@@ -204,10 +202,28 @@ def test_replacing_gives_what_python_gives_and_counts_it(
     path = write(tmp_path_factory.mktemp("text") / "a.txt", content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "BLOCK_SIZE", block_size)
+        patch.setattr(documents, "LARGEST_SHARE", 1)
         text = content.decode("utf-8-sig", errors="replace")
         assert read(path, errors="replace") == [text]
         genuine = content.decode(errors="ignore").count("\ufffd")
         assert num_replaced(path) == text.count("\ufffd") - genuine
+
+
+CHINESE = "人人生而自由在尊严和权利上一律平等。他们赋有理性和良心并应以兄弟关系的精神相对待。" * 20
+JAPANESE = "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。" * 20
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "shift_jis", "gb18030", "koi8-r"])
+def test_replacing_does_not_turn_another_encoding_into_text(encoding: str, suffix: str, tmp_path: Path) -> None:
+    texts = [JAPANESE] if encoding == "shift_jis" else [CHINESE, JAPANESE]
+    for text in ["Широкая электрификация южных губерний. " * 20] if encoding == "koi8-r" else texts:
+        path = write(tmp_path / f"a.txt{suffix}", text.encode(encoding))
+        for errors in ("strict", "replace"):
+            with pytest.raises(InputError, match=r"a.txt.* is (UTF-16|not UTF-8|in another encoding|a binary file)"):
+                read(path, errors=errors)
+    few = "naïve café, Übermut".encode("latin-1") * 50
+    assert read(write(tmp_path / "b.txt", few + b"and other words" * 40), errors="replace")
 
 
 def test_replacing_counts_in_lines_and_rows_too(tmp_path: Path) -> None:
@@ -232,7 +248,7 @@ def test_replacing_counts_in_lines_and_rows_too(tmp_path: Path) -> None:
             r"a.txt is not UTF-8 text: byte 0xe9 at offset 3; .*--data.errors replace",
         ),
         ("a.txt.gz", b"ab\xff", r"a.txt.gz is not UTF-8 text: byte 0xff at offset 2 of what it unpacks to"),
-        ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", r"a.png is a PNG image: convert or unpack it"),
+        ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", r"a.png is an image: convert or unpack it"),
         ("a.txt", "words".encode("utf-16"), r"a.txt is UTF-16 text"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": 1\n', r"a.jsonl line 3 is not JSON: "),
         (
@@ -242,7 +258,11 @@ def test_replacing_counts_in_lines_and_rows_too(tmp_path: Path) -> None:
         ),
         ("a.jsonl", b'["a"]', r"a.jsonl line 1 is not an object with text in a field text"),
         ("a.jsonl", b'{"text": null}', r"a.jsonl line 1: its field text is not text but null"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"a.jsonl line 2 is not UTF-8 text: byte 0xff at offset 24;"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "\xff"}',
+            r"a.jsonl line 2 is not UTF-8 text: byte 0xff at offset 10 of it;",
+        ),
         ("a.jsonl", b'{"text": "\\udc00"}', r"a.jsonl line 1 holds half a surrogate pair at character 0"),
         ("a.jsonl", b"[" * 200_000, r"a.jsonl line 1 is not JSON: "),
         ("a.json", b'[{"text": "a"}, {"body": "b"}]', r"a.json element 2 has no field text, it has body: name one"),
@@ -327,5 +347,5 @@ def test_a_file_that_fails_while_it_is_read_is_refused_with_the_reason() -> None
 def test_a_package_that_is_not_there_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_table(tmp_path / "a.parquet", text=["a"])
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(InputError, match=r'a.parquet needs the package pyarrow: pip install -e ".\[parquet\]"'):
+    with pytest.raises(InputError, match=r'a.parquet needs the package pyarrow: pip install -e ".\[text\]"'):
         read(path)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm.data.files import find_files, find_splits, matches
+from slm.data import TextData, files
+from slm.data.files import find_files, find_texts, matches
 from slm.errors import InputError
 
 
@@ -18,7 +19,7 @@ def make(folder: Path, *names: str) -> None:
 
 
 def names_in(folder: Path, glob: str = "**/*") -> list[str]:
-    return [Path(entry.path).relative_to(folder).as_posix() for entry in find_files(folder, glob)]
+    return [Path(entry.path).relative_to(folder).as_posix() for entry in find_files(folder, glob).values()]
 
 
 def test_a_folder_is_searched_in_the_order_of_names_without_what_is_hidden(tmp_path: Path) -> None:
@@ -29,8 +30,8 @@ def test_a_folder_is_searched_in_the_order_of_names_without_what_is_hidden(tmp_p
 def test_each_entry_tells_size_and_time(tmp_path: Path) -> None:
     make(tmp_path, "a.txt")
     os.utime(tmp_path / "a.txt", ns=(5, 12_345))
-    [entry] = find_files(tmp_path)
-    assert entry == find_files(tmp_path / "a.txt")[0] == (str(tmp_path / "a.txt"), 5, 12_345)
+    [entry] = find_files(tmp_path).values()
+    assert entry == find_files(tmp_path / "a.txt")["a.txt"] == (str(tmp_path / "a.txt"), 5, 12_345)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_a_glob_that_would_choose_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
-    for find in (find_files, find_splits):
+    for find in (find_files, find_texts):
         with pytest.raises(InputError, match=r"cannot be read: File name too long"):
             find(tmp_path / ("x" * 300))
 
@@ -122,11 +123,34 @@ def test_what_is_no_file_and_no_folder_is_refused() -> None:
 
 def test_the_splits_of_folders_that_have_them(tmp_path: Path) -> None:
     make(tmp_path, "nano/train.bin", "nano/val.bin", "alone/train.bin", "plain/a.txt")
-    make(tmp_path, "dict/dataset_dict.json", "dict/train/x", "dict/test/x", "dict/validation/x")
-    make(tmp_path, "tested/dataset_dict.json", "tested/train/x", "tested/test/x")
-    nano, alone, saved, tested = (tmp_path / name for name in ("nano", "alone", "dict", "tested"))
-    assert find_splits(nano) == (nano / "train.bin", nano / "val.bin")
-    assert find_splits(alone) == (alone / "train.bin", None)
-    assert find_splits(saved) == (saved / "train", saved / "validation")
-    assert find_splits(tested) == (tested / "train", tested / "test")
-    assert find_splits(tmp_path / "plain") == (tmp_path / "plain", None)
+    make(tmp_path, *(f"dict/{name}" for name in ("dataset_dict.json", "train/x", "test/x", "validation/x")))
+    make(tmp_path, *(f"tested/{name}" for name in ("dataset_dict.json", "train/x", "test/x")))
+    for folder, train, held_out in [
+        ("nano", "train.bin", "val.bin"),
+        ("alone", "train.bin", None),
+        ("dict", "train", "validation"),
+        ("tested", "train", "test"),
+    ]:
+        found = [text and text.place for text in find_texts(tmp_path / folder)]
+        assert found == [name and str(tmp_path / folder / name) for name in (train, held_out)]
+    assert [text and text.place for text in find_texts(tmp_path / "plain")] == [str(tmp_path / "plain"), None]
+
+
+def test_a_folder_with_nothing_to_train_on_by_its_names_is_taken_whole_and_that_is_said(tmp_path: Path) -> None:
+    make(tmp_path, "test.txt", "validation.txt", "README.md")
+    text, held_out = find_texts(tmp_path)
+    assert (len(text.entries), held_out) == (3, None)
+    assert text.note == (
+        "the names tell what to hold out (validation.txt, test.txt), not what to train on: all of it is trained on"
+    )
+    assert find_texts(tmp_path / "test.txt")[0].note == ""
+
+
+def test_a_folder_is_walked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "train.py", "test.py", "other.py")
+    walks: list[Path] = []
+    monkeypatch.setattr(files, "_walk", lambda top, walk=files._walk: (walks.append(top), walk(top))[1])
+    data = TextData(256, 2, path=str(tmp_path))
+    data.setup()
+    assert len(list(data.at_a_glance(num_parameters=1))) == 2
+    assert walks == [tmp_path]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slm.data.splits import KEYWORDS, data_names, held_out_split, named_splits, split_of
+from slm.data.files import SPLITS, data_names, split_of, splits_of
 
 LAYOUTS = [
     ["train/a.txt", "train/b.txt", "validation/a.txt"],
@@ -36,12 +36,12 @@ def test_splits_are_those_that_datasets_finds(names: list[str], tmp_path: Path) 
         )
         for split in patterns
     }
-    assert named_splits(sorted([*names, "README.md"])) == expected
+    assert splits_of(sorted([*names, "README.md"])) == (expected, "")
 
 
 def test_the_words_are_those_of_datasets() -> None:
     library = pytest.importorskip("datasets.data_files")
-    assert {split: list(words) for split, words in KEYWORDS.items()} == {
+    assert {split: list(words) for split, words in SPLITS.items()} == {
         str(split): words for split, words in library.SPLIT_KEYWORDS.items()
     }
     assert data_names(["a.parquet", *library.FILES_TO_IGNORE]) == ["a.parquet"]
@@ -59,19 +59,12 @@ def test_a_part_of_a_word_or_two_splits_at_once_tell_none(name: str) -> None:
     [
         ["train.py", "test_model.py", "model.py"],
         ["test.txt", "novel.txt"],
-        ["train.txt", "train2.txt"],
         ["validation.txt", "test.txt"],
         ["train/a.txt", "validation/a.txt", "other/a.txt"],
     ],
 )
 def test_where_a_file_belongs_to_none_or_a_part_is_missing_there_are_no_splits(names: list[str]) -> None:
-    assert named_splits(names) == {}
-
-
-def test_validation_is_held_out_rather_than_test() -> None:
-    parts = named_splits(["test.txt", "train.txt", "val.txt"])
-    assert held_out_split(parts) == "validation"
-    assert held_out_split(named_splits(["test.txt", "train.txt"])) == "test"
+    assert splits_of(names)[0] == {}
 
 
 @pytest.mark.parametrize(
@@ -84,8 +77,8 @@ def test_validation_is_held_out_rather_than_test() -> None:
         ),
         (["README.md", "a.ndjson", "config.json"], {"README.md", "config.json"}),
         (["README.md", "a.json", "dataset_infos.json"], {"README.md", "dataset_infos.json"}),
-        (["LICENSE", "README.md", "a.json", "config.json"], {"LICENSE", "README.md"}),
-        (["config.json", "deep/config.json.gz"], set()),
+        (["LICENSE", "README.md", "a.json", "config.json"], {"LICENSE", "README.md", "config.json"}),
+        (["config.json", "deep/config.json"], set()),
         (["README.md", "config.json", "main.py"], set()),
         (["dataset_infos.json"], set()),
         (["README.md", "main.py", "package.json"], set()),

@@ -187,6 +187,13 @@ def test_a_text_to_hold_out_that_is_given_wins_over_the_folders_own(tmp_path: Pa
     assert [bytes(part) for part in streams(data)] == [b"to train on\xff", b"to hold out\xff"]
 
 
+def test_a_share_to_hold_out_that_does_nothing_is_said(tmp_path: Path) -> None:
+    path = make(tmp_path / "text", train_txt="to train on", validation_txt="not this")
+    line = next(setup(path=path, max_seq_len=2, val_fraction=0.3).at_a_glance(num_parameters=1))
+    assert line.endswith(f"held out of {path} (split validation), so that data.val_fraction=0.3 does nothing")
+    assert "val_fraction" not in next(setup(path=path, max_seq_len=2).at_a_glance(num_parameters=1))
+
+
 def test_a_glob_chooses_before_the_splits_are_told(tmp_path: Path) -> None:
     path = make(tmp_path, train_txt="to train on", validation_txt="to hold out", more_py="code", meta_csv="a,b")
     assert [bytes(part) for part in streams(setup(path=path, glob="*.txt"))] == [b"to train on\xff", b"to hold out\xff"]

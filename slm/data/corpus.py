@@ -1,21 +1,24 @@
-"""Text, on disk or inside Python, as one memory-mapped stream of tokens, prepared once."""
+"""A text as one memory-mapped stream of tokens, prepared once and kept in a folder for caches."""
 
+import dataclasses
 import itertools
+import json
 import math
 import os
+import struct
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from slm.data.documents import Block
-from slm.data.files import Entry, find_files
-from slm.data.prepared import Facts, cache_folder, has_seen, known_facts, map_tokens, new_digest, place_of
-from slm.data.text import Text, check_unchanged
+from slm.data.documents import Block, read_blocks
+from slm.data.files import Entry, Text, check_unchanged
 from slm.data.tokenizer import PIECE_SIZE, SubwordTokenizer, Tokenizer, cut, read_tokenizer, train_bpe
 from slm.durable import alone_in, replace_file, replacing, sweep
 from slm.errors import InputError, check
@@ -31,38 +34,78 @@ TRAINING_SIZE = 16 * 10**6
 
 Learning takes up to 60 times as many bytes of memory, where no word comes twice.
 """
+MARK = b"slm\x02"
+"""Ends a prepared file, which holds the tokens, the facts as JSON, their length, and this with its format's number."""
+ENDING = struct.Struct("<I4s")
+SECONDS_OF_DOUBT = 2.0
+"""File timestamps are coarse: distrust what was prepared within this time after a change of its text."""
+DTYPES = {"B": torch.uint8, "H": torch.uint16, "I": torch.uint32}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a stream.
+
+    Attributes:
+        num_tokens: with those that close each document.
+        typecode: of a token, as `array` has it.
+        digest: of the tokens, in hexadecimal.
+        begun: when, in nanoseconds of the file system's clock, the reading of its text began.
+        num_documents: those that are not empty; None where it is not known.
+        num_bytes: of the text as UTF-8; None where it is not known.
+        num_replaced: places that were no text.
+        is_exact: whether the tokens give the text back as it was.
+        largest: the largest token; None where the tokenizer makes no other.
+        largest_at: where that is, counted in tokens.
+    """
+
+    num_tokens: int
+    typecode: str
+    digest: str
+    begun: int
+    num_documents: int | None = None
+    num_bytes: int | None = None
+    num_replaced: int = 0
+    is_exact: bool = True
+    largest: int | None = None
+    largest_at: int = 0
+
+    def footer(self) -> bytes:
+        """What ends the prepared file."""
+        content = json.dumps(dataclasses.asdict(self)).encode()
+        return content + ENDING.pack(len(content), MARK)
 
 
 def token_stream(text: Text, tokenizer: Tokenizer) -> tuple[Tensor, Facts]:
     """The documents of a text as tokens (N,), each document closed by the tokenizer's end of text.
 
     They are read once, into a file in the cache that is named by the places, sizes and times of the files and by the
-    tokenizer; from then on that file is mapped into memory, which takes no time and no memory, whatever its size.
+    tokenizer. From then on that file is mapped into memory, which takes no time and no memory, whatever its size.
 
     Raises:
-        InputError: no such file, nothing in it, one that is not what it says or changes while it is read.
+        InputError: there is nothing in it, a file is not what its name says, or a file changes while it is read.
         NotWrittenError: the prepared file cannot be written.
     """
-    entries = text.entries()
-    prepared = place_of(".tokens", READING, entries, text.text_field, text.errors, tokenizer.dump())
-    facts = _once(lambda: known_facts(prepared, entries), lambda: _prepare(text, entries, tokenizer, prepared))
-    return map_tokens(prepared, facts), facts
+    prepared = _place(".tokens", READING, text.entries, text.text_field, text.errors, tokenizer.dump())
+    facts = _once(lambda: _kept_facts(prepared, text.entries), lambda: _prepare(text, tokenizer, prepared))
+    return _map(prepared, facts), facts
 
 
-def saved_tokens(path: Path, setting: str = "data.path") -> tuple[Tensor, Facts]:
+def saved_tokens(text: Text) -> tuple[Tensor, Facts]:
     """The tokens (N,), uint16, of a file that nanoGPT's scripts make, mapped as it is; it is read through once.
 
     Raises:
-        InputError: no such file, an empty one, or one that is no whole number of tokens.
+        InputError: the file is empty, or no whole number of tokens.
         NotWrittenError: what is known of it cannot be kept.
     """
-    check(not path.is_dir(), f"{path} is a folder: a .bin of tokens is a file")
-    [entry] = entries = find_files(path, setting=setting)
-    check(entry.size > 0, f"{path} is empty: it must hold two bytes for each token")
-    check(entry.size % 2 == 0, f"{path} has {entry.size} bytes, an odd number: tokens of two bytes were cut short")
-    known = place_of(".facts", entries)
-    facts = _once(lambda: known_facts(known, entries, has_tokens=False), lambda: _look_through(entry, known))
-    return map_tokens(path, facts), facts
+    [entry] = text.entries
+    check(entry.size > 0, f"{entry.path} is empty: it must hold two bytes for each token")
+    check(
+        entry.size % 2 == 0, f"{entry.path} has {entry.size} bytes, an odd number: tokens of two bytes were cut short"
+    )
+    kept = _place(".facts", text.entries)
+    facts = _once(lambda: _kept_facts(kept, text.entries, has_tokens=False), lambda: _look_through(entry, kept))
+    return _map(Path(entry.path), facts), facts
 
 
 def own_bpe(text: Text, vocab_size: int, share: float = 1.0) -> SubwordTokenizer:
@@ -72,9 +115,31 @@ def own_bpe(text: Text, vocab_size: int, share: float = 1.0) -> SubwordTokenizer
         InputError: see `token_stream` and `train_bpe`.
         NotWrittenError: the tokenizer cannot be kept.
     """
-    entries = text.entries()
-    kept = place_of(".json", READING, entries, text.text_field, text.errors, vocab_size, share, TRAINING_SIZE)
-    return _once(lambda: _kept_bpe(kept, entries), lambda: _learn_bpe(text, entries, vocab_size, share, kept))
+    kept = _place(".json", READING, text.entries, text.text_field, text.errors, vocab_size, share, TRAINING_SIZE)
+    return _once(lambda: _kept_bpe(kept, text.entries), lambda: _learn_bpe(text, vocab_size, share, kept))
+
+
+def cache_folder() -> Path:
+    """Where prepared texts are kept; any of them may be deleted when no run is using it.
+
+    Raises:
+        InputError: there is no home folder, as in a container for a user without a name.
+    """
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(chosen) if chosen else Path.home() / ".cache") / "slm"
+    except RuntimeError as error:
+        message = "there is no home folder for prepared texts: set XDG_CACHE_HOME to a folder that can be written to"
+        raise InputError(message) from error
+
+
+def _place(suffix: str, *what: object) -> Path:
+    """The file in the cache that is named by what goes into it."""
+    return cache_folder() / f"{_digest(repr(what).encode()).hexdigest()}{suffix}"
+
+
+def _digest(content: bytes = b"") -> blake2b:
+    return blake2b(content, digest_size=16)
 
 
 def _once(find: Callable[[], Found | None], make: Callable[[], Found]) -> Found:
@@ -89,8 +154,36 @@ def _once(find: Callable[[], Found | None], make: Callable[[], Found]) -> Found:
     return found
 
 
+def _has_seen(begun: int, entries: list[Entry]) -> bool:
+    """Whether what was begun then saw the files as they are. A file from later has another clock, and is believed."""
+    return not any(entry.changed <= begun < entry.changed + SECONDS_OF_DOUBT * 1e9 for entry in entries)
+
+
+def _kept_facts(kept: Path, entries: list[Entry], has_tokens: bool = True) -> Facts | None:
+    """What a file in the cache says of its stream; None if it must be made, or made again."""
+    if not kept.is_file():
+        return None
+    try:
+        with kept.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - ENDING.size))
+            length, mark = ENDING.unpack(file.read().rjust(ENDING.size))
+            file.seek(max(0, size - length - ENDING.size))
+            facts = Facts(**json.loads(file.read(length)))
+        tokens = facts.num_tokens * DTYPES[facts.typecode].itemsize if has_tokens else 0
+        is_whole = mark == MARK and size == tokens + length + ENDING.size
+    except OSError as error:
+        raise InputError(f"{kept} cannot be read: {error.strerror}; delete it, or set XDG_CACHE_HOME") from error
+    except (ValueError, TypeError):
+        is_whole = False
+    if not is_whole:
+        say(f"{kept} is damaged, or of another version: it is made again")
+        return None
+    return facts if _has_seen(facts.begun, entries) else None
+
+
 def _kept_bpe(kept: Path, entries: list[Entry]) -> SubwordTokenizer | None:
-    if not (kept.is_file() and has_seen(kept.stat().st_mtime_ns, entries)):
+    if not (kept.is_file() and _has_seen(kept.stat().st_mtime_ns, entries)):
         return None
     try:
         return read_tokenizer(kept)
@@ -99,11 +192,16 @@ def _kept_bpe(kept: Path, entries: list[Entry]) -> SubwordTokenizer | None:
         return None
 
 
-def _learn_bpe(text: Text, entries: list[Entry], vocab_size: int, share: float, kept: Path) -> SubwordTokenizer:
+def _map(file: Path, facts: Facts) -> Tensor:
+    """The tokens (N,) at the beginning of a file, which stay there until they are used."""
+    return torch.from_file(str(file), shared=False, size=facts.num_tokens, dtype=DTYPES[facts.typecode])
+
+
+def _learn_bpe(text: Text, vocab_size: int, share: float, kept: Path) -> SubwordTokenizer:
     begun = time.time_ns()
-    size = sum(len(block.text) for block in text.blocks(entries, "measuring"))
+    size = sum(len(block.text) for block in read_blocks(text, "measuring"))
     check(size > 0, f"{text} holds no text at all")
-    pieces = _first(_pieces(text.blocks(entries, f"learning {vocab_size} ids")), int(share * size))
+    pieces = _first(_pieces(read_blocks(text, f"learning {vocab_size} ids")), int(share * size))
     sample = itertools.islice(pieces, 0, None, max(1, math.ceil(share * size / TRAINING_SIZE)))
     tokenizer = train_bpe(sample, vocab_size)
     replace_file(kept, tokenizer.dump().encode())
@@ -111,9 +209,8 @@ def _learn_bpe(text: Text, entries: list[Entry], vocab_size: int, share: float, 
     return tokenizer
 
 
-def _prepare(text: Text, entries: list[Entry], tokenizer: Tokenizer, prepared: Path) -> Facts:
-    digest, num_tokens, num_documents, num_bytes, num_replaced = new_digest(), 0, 0, 0, 0
-    is_exact = True
+def _prepare(text: Text, tokenizer: Tokenizer, prepared: Path) -> Facts:
+    digest, num_tokens, num_documents, num_bytes, num_replaced, is_exact = _digest(), 0, 0, 0, 0, True
 
     def counted(blocks: Iterable[Block]) -> Iterator[Block]:
         nonlocal num_replaced
@@ -123,7 +220,7 @@ def _prepare(text: Text, entries: list[Entry], tokenizer: Tokenizer, prepared: P
 
     with replacing(prepared) as out:
         begun = os.fstat(out.fileno()).st_mtime_ns
-        for pieces in _batches(_pieces(counted(text.blocks(entries, "preparing")))):
+        for pieces in _batches(_pieces(counted(read_blocks(text, "preparing")))):
             ids = tokenizer.encode(pieces)
             digest.update(ids)
             out.write(ids)
@@ -156,9 +253,9 @@ def _is_given_back(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]], ids
     return (back[0].lstrip(" "), back[1:]) == (texts[0].lstrip(" "), texts[1:])  # the first may begin in its middle
 
 
-def _look_through(entry: Entry, known: Path) -> Facts:
-    digest, largest, largest_at = new_digest(), -1, 0
-    with replacing(known) as out:
+def _look_through(entry: Entry, kept: Path) -> Facts:
+    digest, largest, largest_at = _digest(), -1, 0
+    with replacing(kept) as out:
         begun = os.fstat(out.fileno()).st_mtime_ns
         stream = torch.from_file(entry.path, shared=False, size=entry.size // 2, dtype=torch.uint16)
         for start in range(0, len(stream), BATCH_SIZE):

@@ -1,4 +1,9 @@
-"""A file -> its documents: the text in each kind of file that can hold some."""
+"""A file -> its documents: the text in each kind of file that can hold some.
+
+Plain text, gzip and JSON are read here. The `datasets` library reads the data sets that it saved, and brings `pyarrow`,
+which reads parquet. JSON is not left to it, because it guesses types: it made a text `2020-01-01` a `2020-01-01
+00:00:00`, and it held an array of 0.28 GB in 1.9 GB of memory.
+"""
 
 import codecs
 import contextlib
@@ -7,31 +12,57 @@ import importlib
 import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any, Literal, NamedTuple
 
-from slm.data.binary import HEAD, binary_kind
-from slm.data.files import Entry
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from slm.data.files import INSIDE_PYTHON, Entry, Errors, Text, check_unchanged
 from slm.errors import InputError, check
 
 BLOCK_SIZE = 2**20
 """Bytes of a text that are read at once."""
 ROWS = 1000
 """Rows of a table that are read at once."""
-GENUINE = "\ufffd".encode()
-"""The replacement character where a text has it of its own."""
+HEAD = 512
+"""Bytes at the beginning of a file that tell its kind."""
+LONGEST_FIRST = 2**20
+"""Bytes at the beginning of a `.json` that tell whether it holds documents."""
+FEW = 3
+"""Control characters, or places that are not UTF-8, that even the shortest text may have."""
+LARGEST_SHARE = 0.1
+"""The largest share of such bytes in a text."""
+LARGEST_NUL_SHARE = 0.04
+"""The largest share of NULs. Text in UTF-16 has more, for its spaces and line breaks, whatever the alphabet."""
 
 MARK = "\ufeff"
 """What some programs put before UTF-8; it is no content."""
-LONGEST_FIRST = 2**24
-"""Bytes of the first line or object of a `.json` that are looked at to tell whether each holds a document."""
-LONGEST_SYMBOL = 16
-"""Characters: more than any of JSON's symbols has, but for text."""
-JSON_GAP = re.compile(r"[ \t\r\n]*([\[,\]]?)[ \t\r\n]*")
+_REPLACEMENT = "\ufffd".encode()
+_JSON_GAP = re.compile(r"[ \t\r\n]*([\[,\]]?)[ \t\r\n]*")
+_CONTROLS = bytes(set(range(32)) - set(b"\b\t\n\v\f\r\x1b\x01\x02\x03\x1c\x1d\x1e\x1f"))
+"""Control characters but for layout, colours, and the separators of fields in Hive, FIX and ASCII."""
+_KINDS = {
+    "UTF-32 text": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"),
+    "UTF-16 text": (b"\xff\xfe", b"\xfe\xff"),
+    "a zip archive, as docx, xlsx, epub and .pt are": (b"PK\x03\x04", b"PK\x05\x06"),
+    "packed with gzip": (b"\x1f\x8b\x08",),
+    "packed with xz": (b"\xfd7zXZ\0",),
+    "packed with zstd": (b"\x28\xb5\x2f\xfd",),
+    "a 7z archive": (b"7z\xbc\xaf\x27\x1c",),
+    "a parquet file, whose name must end in .parquet": (b"PAR1\x15",),
+    "an arrow file; of a saved data set give the folder": (b"ARROW1\0\0", b"\xff\xff\xff\xff"),
+    "a pickle": (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+    "a NumPy file": (b"\x93NUMPY",),
+    "a PDF": tuple(b"%%PDF-%d.%d%c" % (major, minor, end) for major in (1, 2) for minor in range(8) for end in b"\r\n"),
+    "an old Office document": (b"\xd0\xcf\x11\xe0",),
+    "an image": (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF89a\x01\0", b"II*\0", b"MM\0*"),
+}
+"""Kinds of files that are often taken for text, and how they begin."""
 
-Errors = Literal["strict", "replace"]
 Readable = io.BufferedReader | gzip.GzipFile
 
 
@@ -42,38 +73,58 @@ class Block(NamedTuple):
     is_last: bool
     """Whether the document ends with it."""
     position: int
-    """Bytes of the file, as it lies on disk, that are read by now."""
+    """Bytes of the file on disk that are read by now."""
     num_replaced: int = 0
     """Places that were no text and became U+FFFD."""
 
 
-def read_documents(entry: Entry, text_field: str, errors: Errors) -> Iterator[Block]:
-    """The documents of a file: those of each line, element or row where it has some, else the whole file.
+def read_blocks(text: Text, title: str) -> Iterator[Block]:
+    """The documents of all files of a text, while a bar shows how far they are read; raises as `read_documents`."""
+    done, total = 0, sum(entry.size for entry in text.entries)
+    interval = 0.2 if sys.stderr.isatty() else 10
+    shown = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "mininterval": interval}
+    with Tqdm(desc=title, total=total, file=sys.stderr, **shown) as bar:
+        for entry in text.entries:
+            is_file = text.place != INSIDE_PYTHON
+            for block in read_documents(entry, text.text_field, text.errors) if is_file else _topics():
+                bar.update(done + block.position - bar.n)
+                yield block
+            if is_file:
+                check_unchanged(entry)
+            done += entry.size
 
-    Lines are those of `.jsonl`, `.ndjson` and a `.json` with an object in its first line that has the field; elements
-    are those of a `.json` that is an array whose first object has the field; rows are those of a table.
+
+def _topics() -> Iterator[Block]:
+    position = 0
+    for _, text in sorted(topics.items()):
+        position += len(text.encode())
+        yield Block(text, True, position)
+
+
+def read_documents(entry: Entry, text_field: str, errors: Errors) -> Iterator[Block]:
+    """The documents of a file: its lines, elements or rows if it has some, else the whole file.
+
+    Lines count in `.jsonl`, in `.ndjson`, and in a `.json` whose first line is an object with the field. Elements count
+    in a `.json` that is an array whose first object has the field. Rows are those of a table.
 
     Args:
-        entry: names the file; `.gz` at the end of its name is unpacked.
+        entry: names the file; it is unpacked if its name ends in `.gz`.
         text_field: the field of an object, or column of a table, that holds the text.
         errors: `strict` refuses what is not UTF-8, `replace` puts U+FFFD in its place.
 
     Raises:
-        InputError: names the file and the place in it where it is not what its name says.
+        InputError: the file is not what its name says; the message names the place in it.
     """
     path = Path(entry.path)
     name = path.name.lower()
     remedy = "give it alone, or leave it out with --data.glob"
     check(not name.endswith(".bin"), f"{path} holds tokens by its name, not text: {remedy}")
     with _one_line(str(path)):
-        if path.is_dir():
-            yield from _data_set(entry, text_field, errors)
+        if path.is_dir() or name.endswith(".parquet"):
+            yield from _rows(entry, text_field, errors)
             return
         shape = _shape(path, text_field)
         with path.open("rb") as raw:
-            if name.endswith(".parquet"):
-                yield from _parquet(entry, raw, text_field, errors)
-                return
             file = _unpacked(path, raw)
             if shape == "lines":
                 yield from _json_lines(path, file, raw, text_field, errors)
@@ -84,7 +135,7 @@ def read_documents(entry: Entry, text_field: str, errors: Errors) -> Iterator[Bl
 
 
 def read_text(path: Path, name: str) -> str:
-    """A file as one text, as training would read it; raises InputError, which calls it by `name`, where it is none."""
+    """A file as one text, as training would read it; raises InputError, which calls it by `name`, if it is none."""
     with _one_line(name), path.open("rb") as raw:
         remedy = "give a file of UTF-8 text"
         return "".join(block.text for block in _text(name, _unpacked(path, raw), raw, "strict", remedy))
@@ -92,7 +143,7 @@ def read_text(path: Path, name: str) -> str:
 
 @contextlib.contextmanager
 def _one_line(name: str) -> Iterator[None]:
-    """Turn what the system and the unpacker say of a file into an InputError."""
+    """Turn an error of the system or of gzip into an InputError."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -105,29 +156,59 @@ def _unpacked(path: Path, raw: io.BufferedReader) -> Readable:
     return gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
 
 
-def _refuse_binary(block: bytes, name: str, is_start: bool, is_packed: bool, remedy: str = "") -> None:
+def binary_kind(block: bytes, is_start: bool) -> str | None:
+    """What a block of a file is if it cannot be UTF-8 text; None if it may be.
+
+    Args:
+        block: some of its bytes.
+        is_start: whether the file begins with them; else a short block, which has few to judge by, may be anything.
+    """
+    if is_start:
+        for kind, beginnings in _KINDS.items():
+            if block.startswith(beginnings):
+                return kind
+        if block[257:].startswith((b"ustar\0", b"ustar  \0")):
+            return "a tar archive"
+    parts = [block[:HEAD], block] if is_start else [block] if len(block) >= HEAD else []
+    for part in parts:
+        num_controls = len(part) - len(part.translate(None, _CONTROLS))
+        if part.count(0) > max(FEW, LARGEST_NUL_SHARE * len(part)) or num_controls > max(
+            FEW, LARGEST_SHARE * len(part)
+        ):
+            return "a binary file, or text in UTF-16 or UTF-32"
+    return None
+
+
+def _refuse_binary(kind: str | None, name: str, is_packed: bool, remedy: str = "") -> None:
     remedy = remedy or "convert or unpack it to UTF-8 text, or leave it out with --data.glob"
-    kind = binary_kind(block, is_start)
     check(kind is None, f"{name} is {kind}{' in what it unpacks to' if is_packed else ''}: {remedy}")
 
 
 def _text(name: str, file: Readable, raw: io.BufferedReader, errors: Errors, remedy: str = "") -> Iterator[Block]:
     """A file as one document, without the mark that some programs put before UTF-8."""
-    decoder, offset, last, is_begun = codecs.getincrementaldecoder("utf-8")(errors), 0, b"", False
+    decoder, offset, last, is_begun, is_packed = (
+        codecs.getincrementaldecoder("utf-8")(errors),
+        0,
+        b"",
+        False,
+        file is not raw,
+    )
     while True:
         block = file.read(BLOCK_SIZE)
         begun = decoder.getstate()[0]  # the bytes of a character that the last block ended within
-        _refuse_binary(block, name, offset == 0, file is not raw, remedy)
+        _refuse_binary(binary_kind(block, offset == 0), name, is_packed, remedy)
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            kind = "a binary file" if b"\0" in block else "not UTF-8 text"
             raise InputError(
-                f"{name} is {kind}: byte 0x{error.object[error.start]:02x} at "
-                f"offset {offset - len(begun) + error.start}{' of what it unpacks to' if file is not raw else ''}; "
+                f"{name} is {'a binary file' if 0 in block else 'not UTF-8 text'}: byte "
+                f"0x{error.object[error.start]:02x} at offset {offset - len(begun) + error.start}"
+                f"{' of what it unpacks to' if is_packed else ''}; "
                 + (remedy or "convert it to UTF-8, leave it out, or let --data.errors replace put U+FFFD there")
             ) from error
-        num_replaced = text.count("\ufffd") - (last + block).count(GENUINE) if errors == "replace" else 0
+        num_replaced = text.count("\ufffd") - (last + block).count(_REPLACEMENT) if errors == "replace" else 0
+        is_other = num_replaced > max(FEW, LARGEST_SHARE * len(block)) and (offset == 0 or len(block) >= HEAD)
+        _refuse_binary("in another encoding than UTF-8, or a binary file" if is_other else None, name, is_packed)
         offset += len(block)
         position = raw.tell() if raw.seekable() else offset
         yield Block(text if is_begun else text.removeprefix(MARK), not block, position, num_replaced)
@@ -138,135 +219,79 @@ def _text(name: str, file: Readable, raw: io.BufferedReader, errors: Errors, rem
 
 
 def _shape(path: Path, text_field: str) -> Literal["lines", "array", "text"]:
-    """How the documents lie in a file; of a `.json`, its beginning tells."""
+    """How the documents lie in a file; the beginning of a `.json` tells."""
     name = path.name.lower().removesuffix(".gz")
     if name.endswith((".jsonl", ".ndjson")):
         return "lines"
     if not name.endswith(".json"):
         return "text"
     with path.open("rb") as raw:
-        file = _unpacked(path, raw)
-        start = file.read(HEAD).removeprefix(MARK.encode()).lstrip()
-        while not start and (more := file.read(HEAD)):
-            start = more.lstrip()
-        if opening := re.match(rb"\[\s*(?=\{)", start):
-            return "array" if _begins_with_field(start[opening.end() :], file, text_field) else "text"
-        if not start.startswith(b"{"):
-            return "text"
-        line = (start + file.readline(LONGEST_FIRST)).partition(b"\n")[0]
+        start = _unpacked(path, raw).read(LONGEST_FIRST).decode("utf-8-sig", errors="replace").lstrip()
+    opening = re.match(r"\[\s*(?=\{)", start)
     try:
-        fields = json.loads(line.decode(errors="replace"))
-    except (ValueError, RecursionError):
-        return "text"
-    return "lines" if isinstance(fields.get(text_field), str) else "text"
-
-
-def _begins_with_field(start: bytes, file: Readable, text_field: str) -> bool:
-    """Whether an object has the field, or names it where no object can be read, so that a fault in it is refused."""
-    while True:
-        text = start.decode(errors="replace")
-        try:
-            return text_field in json.JSONDecoder().raw_decode(text)[0]
-        except (ValueError, RecursionError):
-            more = file.read(len(start)) if len(start) < LONGEST_FIRST else b""
-        if not more:
-            return json.dumps(text_field) in text or json.dumps(text_field, ensure_ascii=False) in text
-        start += more
+        if opening:
+            return "array" if text_field in json.JSONDecoder().raw_decode(start, opening.end())[0] else "text"
+        fields = json.loads(start.partition("\n")[0])
+    except (ValueError, RecursionError):  # cut short, or faulty, which is refused later if the field is named
+        is_named = json.dumps(text_field, ensure_ascii=False) in start
+        is_cut_line = start.startswith("{") and "\n" not in start
+        return "array" if opening and is_named else "lines" if is_cut_line and is_named else "text"
+    return "lines" if isinstance(fields, dict) and isinstance(fields.get(text_field), str) else "text"
 
 
 def _json_lines(path: Path, file: Readable, raw: io.BufferedReader, text_field: str, errors: Errors) -> Iterator[Block]:
-    offset = 0
-    _refuse_binary(file.peek(HEAD), str(path), True, file is not raw)
+    _refuse_binary(binary_kind(file.peek(HEAD), True), str(path), file is not raw)
     for number, line in enumerate(file, start=1):
-        if number == 1:
-            unmarked = line.removeprefix(MARK.encode())
-            offset, line = len(line) - len(unmarked), unmarked
-        if line.strip():
-            place = f"{path} line {number}"
-            decoded, num_replaced = _decoded(line, place, errors, offset)
+        place = f"{path} line {number}"
+        content, num_replaced = _decoded(line.removeprefix(MARK.encode()) if number == 1 else line, place, errors)
+        if not content.isspace():
             try:
-                fields = json.loads(decoded)
+                fields = json.loads(content)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{place} is not JSON: {error}; every line must be an object with text") from error
-            text, halves = _field(fields, place, text_field, errors)
-            yield Block(text, True, raw.tell(), num_replaced + halves)
-        offset += len(line)
+            text, num_halves = _field(fields, place, text_field, errors)
+            yield Block(text, True, raw.tell(), num_replaced + num_halves)
 
 
 def _json_array(path: Path, blocks: Iterator[Block], text_field: str, errors: Errors) -> Iterator[Block]:
-    """The elements of an array, of which one at a time is in memory, and the block that it ends in."""
-    decode, text, start, number, position, num_replaced = json.JSONDecoder().raw_decode, "", 0, 0, 0, 0
-
-    def has_more() -> bool:
-        """Read as much again as is left, so that a long element is not begun anew with every block."""
-        nonlocal text, start, position, num_replaced
-        parts = [text[start:]]
-        missing = max(1, len(parts[0]))
-        for block in blocks:
-            parts.append(block.text)
-            missing -= len(block.text)
-            position, num_replaced = block.position, num_replaced + block.num_replaced
-            if missing <= 0:
+    """The elements of an array, of which one at a time is in memory, and the blocks that it lies in."""
+    decode, text, number, num_replaced, least = json.JSONDecoder().raw_decode, "", 0, 0, 0
+    for block in blocks:
+        text += block.text
+        num_replaced += block.num_replaced
+        start = 0
+        while len(text) >= least or block.is_last:
+            gap = _JSON_GAP.match(text, start)
+            assert gap is not None
+            if gap.end() == len(text) and not block.is_last:
                 break
-        if len(parts) == 1:
-            return False
-        text, start = "".join(parts), 0
-        return True
-
-    while True:
-        gap = JSON_GAP.match(text, start)
-        assert gap is not None
-        if gap.end() == len(text) and has_more():
-            continue
-        place = f"{path} element {number + 1}"
-        if gap[1] == "]":
-            check(gap.end() == len(text), f"{path} goes on after its array of {number} elements: leave that out")
-            return
-        check(gap[1] == ("," if number else "["), f"{place}: there is no comma or end of the array before it")
-        try:
-            fields, end = decode(text, gap.end())
-        except (ValueError, RecursionError) as error:
-            is_cut = isinstance(error, json.JSONDecodeError) and (
-                "Unterminated" in error.msg or error.pos > len(text) - LONGEST_SYMBOL
-            )
-            if is_cut and has_more():
-                continue
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-            raise InputError(f"{place} is not JSON: {reason}; every element must be an object with text") from error
-        start, number = end, number + 1
-        whole, halves = _field(fields, place, text_field, errors)
-        yield Block(whole, True, position, num_replaced + halves)
-        num_replaced = 0
+            place = f"{path} element {number + 1}"
+            if gap[1] == "]":
+                check(gap.end() == len(text), f"{path} goes on after its array of {number} elements: leave that out")
+                break
+            check(gap[1] == ("," if number else "["), f"{place}: there is no comma or end of the array before it")
+            try:
+                fields, end = decode(text, gap.end())
+            except (ValueError, RecursionError) as error:
+                if not block.is_last:
+                    least = 2 * (len(text) - start)  # so that a long element is not begun anew with every block
+                    break
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise InputError(f"{place} is not JSON: {reason}; every element must be an object with text") from error
+            whole, num_halves = _field(fields, place, text_field, errors)
+            yield Block(whole, True, block.position, num_replaced + num_halves)
+            start, number, num_replaced, least = end, number + 1, 0, 0
+        text = text[start:]
 
 
 def _field(fields: Any, place: str, text_field: str, errors: Errors) -> tuple[str, int]:
-    """The text in an object of JSON, and how many places in it were replaced."""
+    """The text in a JSON object, and how many places in it were replaced."""
     known = sorted(fields) if isinstance(fields, dict) else []
     check(bool(known), f"{place} is not an object with text in a field {text_field}")
     remedy = f"it has {', '.join(known)}: name one with --data.text_field, or leave the file out with --data.glob"
     check(text_field in known, f"{place} has no field {text_field}, {remedy}")
     text = fields[text_field]
-    if not isinstance(text, str):
-        raise InputError(f"{place}: its field {text_field} is not text but {json.dumps(text)[:40]}")
-    return _whole_characters(text, place, errors)
-
-
-def _decoded(content: bytes, place: str, errors: Errors, offset: int = 0) -> tuple[str, int]:
-    """Bytes as text, and how many places were replaced."""
-    try:
-        return content.decode(), 0
-    except UnicodeDecodeError as error:
-        check(
-            errors == "replace",
-            f"{place} is not UTF-8 text: byte 0x{content[error.start]:02x} at offset {offset + error.start}; convert "
-            "it, or let --data.errors replace put U+FFFD there",
-        )
-        text = content.decode(errors="replace")
-        return text, text.count("\ufffd") - content.count(GENUINE)
-
-
-def _whole_characters(text: str, place: str, errors: Errors) -> tuple[str, int]:
-    """Text without the halves of surrogate pairs, which JSON can hold and UTF-8 cannot; and how many there were."""
+    check(isinstance(text, str), f"{place}: its field {text_field} is not text but {json.dumps(text)[:40]}")
     try:
         text.encode()
         return text, 0
@@ -276,60 +301,74 @@ def _whole_characters(text: str, place: str, errors: Errors) -> tuple[str, int]:
             f"{place} holds half a surrogate pair at character {error.start}, which is no text: mend it, or let "
             "--data.errors replace put U+FFFD there",
         )
-        whole = re.sub("[\ud800-\udfff]", "\ufffd", text)
-        return whole, whole.count("\ufffd") - text.count("\ufffd")
+        return re.subn("[\ud800-\udfff]", "\ufffd", text)
 
 
-def _parquet(entry: Entry, raw: io.BufferedReader, text_field: str, errors: Errors) -> Iterator[Block]:
-    parquet, arrow = _extra("pyarrow.parquet", "parquet", entry.path), _extra("pyarrow", "parquet", entry.path)
+def _decoded(content: bytes, place: str, errors: Errors) -> tuple[str, int]:
+    """The bytes of a line or row as text, and how many places were replaced."""
     try:
-        table = parquet.ParquetFile(raw)
-        names = table.schema_arrow.names
-        batches = table.iter_batches(batch_size=ROWS, columns=[text_field] if text_field in names else [])
-        yield from _rows(entry, batches, names, table.metadata.num_rows, text_field, errors)
-    except arrow.ArrowInvalid as error:
-        raise InputError(f"{entry.path} is not a whole parquet file: {error}") from error
+        return content.decode(), 0
+    except UnicodeDecodeError as error:
+        check(
+            errors == "replace",
+            f"{place} is not UTF-8 text: byte 0x{content[error.start]:02x} at offset {error.start} of it; convert it, "
+            "or let --data.errors replace put U+FFFD there",
+        )
+        text = content.decode(errors="replace")
+        return text, text.count("\ufffd") - content.count(_REPLACEMENT)
 
 
-def _data_set(entry: Entry, text_field: str, errors: Errors) -> Iterator[Block]:
-    datasets = _extra("datasets", "datasets", entry.path)
-    try:
-        data = datasets.load_from_disk(entry.path)
-    except Exception as error:  # the library's own, of many kinds
-        raise InputError(f"{entry.path} is not a data set that can be loaded: {error}") from error
-    batches = data.with_format("arrow").iter(batch_size=ROWS)
-    yield from _rows(entry, batches, data.column_names, len(data), text_field, errors)
-
-
-def _rows(
-    entry: Entry, batches: Iterator[Any], names: list[str], num_rows: int, text_field: str, errors: Errors
-) -> Iterator[Block]:
-    """The documents in batches of rows, which are pyarrow's tables."""
-    arrow = _extra("pyarrow", "parquet", entry.path)
+def _rows(entry: Entry, text_field: str, errors: Errors) -> Iterator[Block]:
+    """The documents of a parquet file, or of a data set that the `datasets` library saved."""
+    path, row = entry.path, 0
+    names, num_rows, batches = _saved_data_set(path) if Path(path).is_dir() else _parquet(path, text_field)
+    arrow = _extra("pyarrow", path)
     check(
         text_field in names,
-        f"{entry.path} has no column {text_field}, it has {', '.join(names)}: name one with --data.text_field",
+        f"{path} has no column {text_field}, it has {', '.join(names)}: name one with --data.text_field",
     )
-    row = 0
-    for batch in batches:
-        try:
-            documents = batch[text_field].cast(arrow.large_binary()).to_pylist()
-        except (arrow.ArrowNotImplementedError, arrow.ArrowInvalid) as error:
-            kind = batch[text_field].type
-            raise InputError(f"{entry.path}: its column {text_field} is not text but {kind}") from error
-        for content in documents:
-            row += 1
-            check(
-                content is not None, f"{entry.path} row {row}: its {text_field} is null, not text; leave such rows out"
-            )
-            text, num_replaced = _decoded(content, f"{entry.path} row {row}", errors)
-            yield Block(text, True, entry.size * row // num_rows, num_replaced)
+    try:
+        for batch in batches:
+            try:
+                contents = batch[text_field].cast(arrow.large_binary()).to_pylist()
+            except arrow.ArrowException as error:
+                kind = batch[text_field].type
+                raise InputError(f"{path}: its column {text_field} is not text but {kind}") from error
+            for content in contents:
+                row += 1
+                check(content is not None, f"{path} row {row}: its {text_field} is null, not text; leave such rows out")
+                text, num_replaced = _decoded(content, f"{path} row {row}", errors)
+                yield Block(text, True, entry.size * row // num_rows, num_replaced)
+    except arrow.ArrowException as error:
+        raise InputError(f"{path} is damaged after row {row}: {str(error).splitlines()[0]}") from error
 
 
-def _extra(module: str, extra: str, path: str) -> Any:
+def _parquet(path: str, text_field: str) -> tuple[list[str], int, Iterator[Any]]:
+    """The names of the columns, the number of rows, and batches of them with the one column."""
+    parquet, arrow = _extra("pyarrow.parquet", path), _extra("pyarrow", path)
+    try:
+        table = parquet.ParquetFile(path)
+    except arrow.ArrowException as error:
+        raise InputError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
+    batches = table.iter_batches(batch_size=ROWS, columns=[text_field])
+    return table.schema_arrow.names, table.metadata.num_rows, batches
+
+
+def _saved_data_set(path: str) -> tuple[list[str], int, Iterator[Any]]:
+    """The same of a saved data set, with all columns."""
+    datasets = _extra("datasets", path)
+    try:
+        data = datasets.load_from_disk(path)
+    except Exception as error:  # the library's own, of many kinds
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is not a data set that can be loaded: {reason}") from error
+    return data.column_names, len(data), data.with_format("arrow").iter(batch_size=ROWS)
+
+
+def _extra(module: str, path: str) -> Any:
     """A package that only some inputs need."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise InputError(f'{path} needs the package {package}: pip install -e ".[{extra}]"') from error
+        raise InputError(f'{path} needs the package {package}: pip install -e ".[text]"') from error

@@ -1,5 +1,6 @@
 """Text from files as training data."""
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm.data.corpus import own_bpe, saved_tokens, token_stream
-from slm.data.documents import Errors
-from slm.data.files import ANY
-from slm.data.prepared import Facts
-from slm.data.text import Text
+from slm.data.corpus import Facts, own_bpe, saved_tokens, token_stream
+from slm.data.files import ANY, Errors, Text, find_text, find_texts
 from slm.data.token_data import TokenData, refuse_other_tokenizer
 from slm.data.tokenizer import NUM_BYTES, ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer, read_tokenizer
 from slm.errors import check
@@ -24,10 +22,10 @@ class TextData(TokenData):
     """Text from files, as bytes or as the tokens of a tokenizer; or tokens that another program has saved.
 
     A file is UTF-8 text, `.jsonl` or `.ndjson`, `.json` with objects in an array or in its lines (any other is text),
-    `.parquet`, or `.bin` with the uint16 tokens of nanoGPT's scripts; all but the last two may be packed, with `.gz`
+    `.parquet`, or `.bin` with the uint16 tokens of nanoGPT's scripts. All but the last two may be packed, with `.gz`
     after the name. A folder is searched for such files, or is a saved Hugging Face data set, or holds nanoGPT's
-    `train.bin` and `val.bin`. Where the names of its files tell splits (`slm.data.splits`), or it is a saved
-    `DatasetDict`, only the one for training is trained on, and the one for validation, or else for tests, is held out.
+    `train.bin` and `val.bin`. If it has a split of its own (`slm.data.files.find_texts`), only the one for training is
+    trained on, and the one for validation, or else for tests, is held out.
 
     Args:
         path: a file or a folder; None is the English documentation inside every Python.
@@ -57,11 +55,11 @@ class TextData(TokenData):
         super().__init__(*args, **kwargs)
         for name, value in (("path", path), ("val_path", val_path), ("tokenizer", tokenizer), ("glob", glob)):
             check(value != "", f"data.{name} is empty: give one, or leave it out")
-        whole = Text(None if path is None else Path(path), glob, text_field, errors)
-        self._train, self._held_out = whole.splits()
+        reading = {"text_field": text_field, "errors": errors}
+        self._train, self._held_out = find_texts(None if path is None else Path(path), glob, **reading)
         if val_path is not None:
-            self._held_out = Text(Path(val_path), glob, text_field, errors, "data.val_path")
-        self._is_text = not _is_tokens(self._train)
+            self._held_out = find_text(Path(val_path), glob, "data.val_path", **reading)
+        self._is_text = not self._train.is_tokens
         self._continued: Tokenizer | None = None
         vocab_size = self.hparams["vocab_size"]
         check(
@@ -71,7 +69,7 @@ class TextData(TokenData):
         )
         can_learn = self._is_text or tokenizer != "bpe"
         check(can_learn, f"data.tokenizer=bpe cannot learn from {path}, which holds tokens: leave it out")
-        are_of_a_kind = self._held_out is None or _is_tokens(self._held_out) != self._is_text
+        are_of_a_kind = self._held_out is None or self._held_out.is_tokens != self._is_text
         check(are_of_a_kind, f"of data.path={path} and data.val_path={val_path} only one is a .bin of tokens: give two")
 
     def continue_with(self, tokenizer: str | None) -> None:
@@ -120,10 +118,14 @@ class TextData(TokenData):
         of_text = f"{facts.num_documents:,} {documents}, {facts.num_bytes:,} bytes, " if facts.num_documents else ""
         each = f" ({facts.num_bytes / facts.num_tokens:.2f} bytes each)" if facts.num_bytes else ""
         windows = f"{len(self.train_windows):,} windows to train on in an epoch, {len(self.val_windows):,} held out"
-        windows += "" if self._held_out is None else f" of {self._held_out.place}"
+        if self._held_out is not None:
+            windows += f" of {self._held_out.place}"
+            val_fraction = self.hparams["val_fraction"]
+            is_default = val_fraction == inspect.signature(TokenData).parameters["val_fraction"].default
+            windows += "" if is_default else f", so that data.val_fraction={val_fraction} does nothing"
         yield f"{self._train.place}: {of_text}{facts.num_tokens:,} tokens{each}, {windows}"
-        if self._held_out is None and (names := self._train.mere_names()):
-            yield f"{' and '.join(names)} are files among others, not splits: --data.val_path names a text to hold out"
+        if self._held_out is None and self._train.note:
+            yield self._train.note
         if num_replaced := sum(part.num_replaced for part in self._all_facts()):
             yield f"{num_replaced:,} places in it are not UTF-8: U+FFFD stands for each"
         if not all(part.is_exact for part in self._all_facts()):
@@ -151,17 +153,12 @@ class TextData(TokenData):
         if self._is_text:
             assert self._tokenizer is not None
             return token_stream(text, self._tokenizer)
-        assert text.path is not None
-        tokens, facts = saved_tokens(text.path, text.setting)
+        tokens, facts = saved_tokens(text)
         vocab_size, largest = self.hparams["vocab_size"], facts.largest
         assert largest is not None
         check(
             largest < vocab_size,
-            f"{text.path}: token {facts.largest_at} is {largest}, outside the vocabulary of vocab_size={vocab_size}: "
+            f"{text.place}: token {facts.largest_at} is {largest}, outside the vocabulary of vocab_size={vocab_size}: "
             f"use --model.vocab_size {largest + 1} or more",
         )
         return tokens, facts
-
-
-def _is_tokens(text: Text) -> bool:
-    return text.path is not None and text.path.suffix.lower() == ".bin"
