@@ -229,7 +229,11 @@ def test_a_prompt_file_may_be_a_pipe(rhyming: Path, capsys: pytest.CaptureFixtur
     ("name", "content", "message"),
     [
         ("a.txt", "words".encode("utf-16"), "is UTF-16 text: give a file of UTF-8 text"),
-        ("a.txt", "some words".encode("utf-16-le"), "is UTF-16 text without its mark: give a file of UTF-8 text"),
+        (
+            "a.txt",
+            "some words".encode("utf-16-le"),
+            "is a binary file, or text in UTF-16 or UTF-32: give a file of UTF-8 text",
+        ),
         ("a.txt", b"PK\x03\x04and more", "is a zip archive, as docx, xlsx, epub and .pt are: give a file"),
         ("a.txt.gz", b"not packed", "is not a whole gzip file: "),
         ("folder", None, "cannot be read: Is a directory"),

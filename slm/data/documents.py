@@ -37,7 +37,7 @@ FEW = 3
 LARGEST_SHARE = 0.1
 """The largest share of such bytes in a text."""
 LARGEST_NUL_SHARE = 0.04
-"""The largest share of NULs. Text in UTF-16 has more, for its spaces and line breaks, whatever the alphabet."""
+"""The largest share of NULs. Text in UTF-16 has more, if spaces separate its words."""
 
 MARK = "\ufeff"
 """What some programs put before UTF-8; it is no content."""
@@ -57,7 +57,7 @@ _KINDS = {
     "an arrow file; of a saved data set give the folder": (b"ARROW1\0\0", b"\xff\xff\xff\xff"),
     "a pickle": (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
     "a NumPy file": (b"\x93NUMPY",),
-    "a PDF": tuple(b"%%PDF-%d.%d%c" % (major, minor, end) for major in (1, 2) for minor in range(8) for end in b"\r\n"),
+    "a PDF": (b"%PDF-1.", b"%PDF-2."),
     "an old Office document": (b"\xd0\xcf\x11\xe0",),
     "an image": (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF89a\x01\0", b"II*\0", b"MM\0*"),
 }
@@ -172,9 +172,8 @@ def binary_kind(block: bytes, is_start: bool) -> str | None:
     parts = [block[:HEAD], block] if is_start else [block] if len(block) >= HEAD else []
     for part in parts:
         num_controls = len(part) - len(part.translate(None, _CONTROLS))
-        if part.count(0) > max(FEW, LARGEST_NUL_SHARE * len(part)) or num_controls > max(
-            FEW, LARGEST_SHARE * len(part)
-        ):
+        nul_limit, limit = (max(FEW, share * len(part)) for share in (LARGEST_NUL_SHARE, LARGEST_SHARE))
+        if part.count(0) > nul_limit or num_controls > limit:
             return "a binary file, or text in UTF-16 or UTF-32"
     return None
 
@@ -186,13 +185,8 @@ def _refuse_binary(kind: str | None, name: str, is_packed: bool, remedy: str = "
 
 def _text(name: str, file: Readable, raw: io.BufferedReader, errors: Errors, remedy: str = "") -> Iterator[Block]:
     """A file as one document, without the mark that some programs put before UTF-8."""
-    decoder, offset, last, is_begun, is_packed = (
-        codecs.getincrementaldecoder("utf-8")(errors),
-        0,
-        b"",
-        False,
-        file is not raw,
-    )
+    decoder, is_packed = codecs.getincrementaldecoder("utf-8")(errors), file is not raw
+    offset, last, is_begun = 0, b"", False
     while True:
         block = file.read(BLOCK_SIZE)
         begun = decoder.getstate()[0]  # the bytes of a character that the last block ended within
@@ -242,9 +236,10 @@ def _shape(path: Path, text_field: str) -> Literal["lines", "array", "text"]:
 def _json_lines(path: Path, file: Readable, raw: io.BufferedReader, text_field: str, errors: Errors) -> Iterator[Block]:
     _refuse_binary(binary_kind(file.peek(HEAD), True), str(path), file is not raw)
     for number, line in enumerate(file, start=1):
-        place = f"{path} line {number}"
-        content, num_replaced = _decoded(line.removeprefix(MARK.encode()) if number == 1 else line, place, errors)
-        if not content.isspace():
+        line = line.removeprefix(MARK.encode()) if number == 1 else line
+        if line.strip():
+            place = f"{path} line {number}"
+            content, num_replaced = _decoded(line, place, errors)
             try:
                 fields = json.loads(content)
             except (ValueError, RecursionError) as error:
@@ -286,12 +281,14 @@ def _json_array(path: Path, blocks: Iterator[Block], text_field: str, errors: Er
 
 def _field(fields: Any, place: str, text_field: str, errors: Errors) -> tuple[str, int]:
     """The text in a JSON object, and how many places in it were replaced."""
-    known = sorted(fields) if isinstance(fields, dict) else []
-    check(bool(known), f"{place} is not an object with text in a field {text_field}")
-    remedy = f"it has {', '.join(known)}: name one with --data.text_field, or leave the file out with --data.glob"
-    check(text_field in known, f"{place} has no field {text_field}, {remedy}")
+    if not isinstance(fields, dict) or not fields:
+        raise InputError(f"{place} is not an object with text in a field {text_field}")
+    if text_field not in fields:
+        remedy = "name one with --data.text_field, or leave the file out with --data.glob"
+        raise InputError(f"{place} has no field {text_field}, it has {', '.join(sorted(fields))}: {remedy}")
     text = fields[text_field]
-    check(isinstance(text, str), f"{place}: its field {text_field} is not text but {json.dumps(text)[:40]}")
+    if not isinstance(text, str):
+        raise InputError(f"{place}: its field {text_field} is not text but {json.dumps(text)[:40]}")
     try:
         text.encode()
         return text, 0
@@ -357,11 +354,16 @@ def _parquet(path: str, text_field: str) -> tuple[list[str], int, Iterator[Any]]
 def _saved_data_set(path: str) -> tuple[list[str], int, Iterator[Any]]:
     """The same of a saved data set, with all columns."""
     datasets = _extra("datasets", path)
+    has_bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
         data = datasets.load_from_disk(path)
     except Exception as error:  # the library's own, of many kinds
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not a data set that can be loaded: {reason}") from error
+    finally:
+        if has_bars:
+            datasets.enable_progress_bars()
     return data.column_names, len(data), data.with_format("arrow").iter(batch_size=ROWS)
 
 

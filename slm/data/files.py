@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -99,19 +99,17 @@ def find_texts(path: Path | None, glob: str = ANY, **reading: Any) -> tuple[Text
     ):
         with _one_line(path):
             if (path / mark).is_file():
-                held_out = next((path / name for name in others if (path / name).exists()), None)
-                return find_text(path / train, glob, **reading), None if held_out is None else find_text(
-                    held_out, glob, **reading
-                )
+                held_out = [find_text(path / name, glob, **reading) for name in others if (path / name).exists()]
+                return find_text(path / train, glob, **reading), held_out[0] if held_out else None
 
     found = find_files(path, glob)
     is_folder = os.path.abspath(path) not in {entry.path for entry in found.values()}
     splits, note = splits_of(list(found)) if is_folder else ({}, "")
     held_out_split = next((split for split in ("validation", "test") if split in splits), None)
     if held_out_split is None:
-        return replace(_text(path, data_names(list(found)), found, **reading), note=note), None
+        return Text(str(path), [found[name] for name in data_names(list(found))], note=note, **reading), None
     train_text, held_out_text = (
-        replace(_text(path, splits[split], found, **reading), place=f"{path} (split {split})")
+        Text(f"{path} (split {split})", [found[name] for name in splits[split]], **reading)
         for split in ("train", held_out_split)
     )
     return train_text, held_out_text
@@ -120,19 +118,7 @@ def find_texts(path: Path | None, glob: str = ANY, **reading: Any) -> tuple[Text
 def find_text(path: Path, glob: str = ANY, setting: str = "data.path", **reading: Any) -> Text:
     """All of the text at a path, whatever the names say; raises InputError as `find_files` does."""
     found = find_files(path, glob, setting)
-    return _text(path, data_names(list(found)), found, setting=setting, **reading)
-
-
-def _text(path: Path, names: list[str], found: dict[str, Entry], setting: str = "data.path", **reading: Any) -> Text:
-    for name in names:
-        try:
-            found[name].path.encode()
-        except UnicodeEncodeError as error:  # the YAML of a run could not hold it
-            raise InputError(
-                f"{setting}: the name {os.fsencode(found[name].path)!r} is not UTF-8: rename it, or leave it out with "
-                "--data.glob"
-            ) from error
-    return Text(str(path), [found[name] for name in names], setting, **reading)
+    return Text(str(path), [found[name] for name in data_names(list(found))], setting, **reading)
 
 
 def find_files(path: Path, glob: str = ANY, setting: str = "data.path") -> dict[str, Entry]:

@@ -31,7 +31,8 @@ class TextData(TokenData):
         path: a file or a folder; None is the English documentation inside every Python.
         glob: which files of a folder: `*` and `?` stand for characters of a name, `**/` for any folders.
         text_field: the field of an object of JSON, or column of a table, that holds the text.
-        errors: `strict` refuses what is not UTF-8, `replace` puts U+FFFD in its place and counts.
+        errors: `strict` refuses what is not UTF-8, `replace` puts U+FFFD in its place, in up to a tenth of
+            a text, and counts.
         val_path: text to hold out, instead of the folder's own split or the last `val_fraction` of `path`.
         tokenizer: `bytes`; `bpe`, byte-level BPE whose merges are learned from the training text until there are
             `vocab_size` ids; or the path of a `tokenizer.json`.
