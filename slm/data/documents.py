@@ -16,12 +16,11 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from slm.data.files import INSIDE_PYTHON, Entry, Errors, Text, check_unchanged
+from slm.data.files import Entry, Errors, Text, check_unchanged, python_topics
 from slm.errors import InputError, check
 
 BLOCK_SIZE = 2**20
@@ -85,8 +84,8 @@ def read_blocks(text: Text, title: str) -> Iterator[Block]:
     shown = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "mininterval": interval}
     with Tqdm(desc=title, total=total, file=sys.stderr, **shown) as bar:
         for entry in text.entries:
-            is_file = text.place != INSIDE_PYTHON
-            for block in read_documents(entry, text.text_field, text.errors) if is_file else _topics():
+            is_file = bool(text.setting)
+            for block in read_documents(entry, text.text_field, text.errors) if is_file else _python_topics():
                 bar.update(done + block.position - bar.n)
                 yield block
             if is_file:
@@ -94,9 +93,9 @@ def read_blocks(text: Text, title: str) -> Iterator[Block]:
             done += entry.size
 
 
-def _topics() -> Iterator[Block]:
+def _python_topics() -> Iterator[Block]:
     position = 0
-    for _, text in sorted(topics.items()):
+    for text in python_topics():
         position += len(text.encode())
         yield Block(text, True, position)
 

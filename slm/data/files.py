@@ -53,7 +53,7 @@ class Text:
     Attributes:
         place: where they are, in words.
         entries: the files, in order.
-        setting: the setting that gave the path, for messages.
+        setting: the setting that gave the path, for messages; empty for the documentation inside Python.
         text_field: the field of a JSON object, or the column of a table, that holds the text.
         errors: `strict` refuses what is not UTF-8, `replace` puts U+FFFD in its place.
         note: what should be said about the choice of files, if anything.
@@ -72,7 +72,7 @@ class Text:
         return self.entries[0].path == os.path.abspath(self.place) and self.place.lower().endswith(".bin")
 
     def __str__(self) -> str:
-        return self.place if self.place == INSIDE_PYTHON else f"{self.setting}={self.place}"
+        return f"{self.setting}={self.place}" if self.setting else self.place
 
 
 def find_texts(path: Path | None, glob: str = ANY, **reading: Any) -> tuple[Text, Text | None]:
@@ -90,17 +90,18 @@ def find_texts(path: Path | None, glob: str = ANY, **reading: Any) -> tuple[Text
         InputError: see `find_files`.
     """
     if path is None:
-        content = "".join(text for _, text in sorted(topics.items())).encode()
+        content = "".join(python_topics()).encode()
         entry = Entry(f"{INSIDE_PYTHON} {blake2b(content).hexdigest()}", len(content), 0)
-        return Text(INSIDE_PYTHON, [entry], **reading), None
+        return Text(INSIDE_PYTHON, [entry], "", **reading), None
     for mark, train, others in (
         ("train.bin", "train.bin", ["val.bin"]),
         ("dataset_dict.json", "train", ["validation", "test"]),
     ):
         with _one_line(path):
             if (path / mark).is_file():
-                held_out = [find_text(path / name, glob, **reading) for name in others if (path / name).exists()]
-                return find_text(path / train, glob, **reading), held_out[0] if held_out else None
+                name = next((name for name in others if (path / name).exists()), None)
+                held_out = None if name is None else find_text(path / name, glob, **reading)
+                return find_text(path / train, glob, **reading), held_out
 
     found = find_files(path, glob)
     is_folder = os.path.abspath(path) not in {entry.path for entry in found.values()}
@@ -113,6 +114,11 @@ def find_texts(path: Path | None, glob: str = ANY, **reading: Any) -> tuple[Text
         for split in ("train", held_out_split)
     )
     return train_text, held_out_text
+
+
+def python_topics() -> list[str]:
+    """The documents of the documentation inside Python."""
+    return [text for _, text in sorted(topics.items())]
 
 
 def find_text(path: Path, glob: str = ANY, setting: str = "data.path", **reading: Any) -> Text:
@@ -246,8 +252,6 @@ def splits_of(names: Sequence[str]) -> tuple[dict[str, list[str]], str]:
         note = f"{' and '.join(first[:2])} are files among others, not splits: --data.val_path names a text to hold out"
         return {}, note if "train" in splits and len(first) > 1 else ""
     if first and "train" not in splits:
-        return (
-            {},
-            f"the names tell what to hold out ({', '.join(first)}), not what to train on: all of it is trained on",
-        )
+        note = f"the names tell what to hold out ({', '.join(first)}), not what to train on: all of it is trained on"
+        return {}, note
     return {split: found for split, found in splits.items() if split}, ""
