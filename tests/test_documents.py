@@ -17,6 +17,7 @@ from slm.data.files import look_at
 from slm.errors import InputError
 
 TEXTS = [
+    "2020-01-01",
     "naïve Ωμέγα",
     "語 🙂 👩‍👩‍👧 עברית हिन्दी",
     "CRLF\r\n and NUL \0 inside",
@@ -121,9 +122,11 @@ def test_an_array_is_read_without_holding_it(tmp_path: Path) -> None:
     assert peak < size / 2
 
 
-def test_the_first_object_of_an_array_may_be_long(tmp_path: Path) -> None:
-    rows = [{"before": ["é" * 70_000], "text": text} for text in TEXTS]
+def test_the_first_object_of_a_json_may_be_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "LONGEST_FIRST", 2000)
+    rows = [{"text": text, "after": ["é" * 70_000]} for text in TEXTS]
     assert read(write(tmp_path / "a.json", json.dumps(rows, ensure_ascii=False, indent=1).encode())) == TEXTS
+    assert read(write(tmp_path / "a.json", "\n".join(map(json.dumps, rows)).encode())) == TEXTS
 
 
 @pytest.mark.parametrize("name", ["c4.json.gz", "c4.json"])

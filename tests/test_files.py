@@ -1,4 +1,4 @@
-"""Which files make up a text, and in which order, does not depend on the machine; names tell splits as in `datasets`."""
+"""Which files make up a text, and their order, do not depend on the machine; names tell splits as in `datasets`."""
 
 import os
 from pathlib import Path

@@ -44,31 +44,28 @@ DTYPES = {"B": torch.uint8, "H": torch.uint16, "I": torch.uint32}
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a stream.
-
-    Attributes:
-        num_tokens: with those that close each document.
-        typecode: of a token, as `array` has it.
-        digest: of the tokens, in hexadecimal.
-        begun: when, in nanoseconds of the file system's clock, the reading of its text began.
-        num_documents: those that are not empty; None where it is not known.
-        num_bytes: of the text as UTF-8; None where it is not known.
-        num_replaced: places that were no text.
-        is_exact: whether the tokens give the text back as it was.
-        largest: the largest token; None where the tokenizer makes no other.
-        largest_at: where that is, counted in tokens.
-    """
+    """What is known of a stream; None stands for what is not known."""
 
     num_tokens: int
+    """With those that close each document."""
     typecode: str
+    """Of a token, as `array` has it."""
     digest: str
+    """Of the tokens, in hexadecimal."""
     begun: int
+    """When the reading of its text began, in nanoseconds of the file system's clock."""
     num_documents: int | None = None
+    """Those that are not empty."""
     num_bytes: int | None = None
+    """Of the text as UTF-8."""
     num_replaced: int = 0
+    """Places that were no text."""
     is_exact: bool = True
+    """Whether the tokens give the text back as it was."""
     largest: int | None = None
+    """The largest token of a file that another program made."""
     largest_at: int = 0
+    """Where that is, counted in tokens."""
 
     def footer(self) -> bytes:
         """What ends the prepared file."""
