@@ -227,6 +227,8 @@ def test_replacing_does_not_turn_another_encoding_into_text(encoding: str, suffi
                 read(path, errors=errors)
     few = "naïve café, Übermut".encode("latin-1") * 50
     assert read(write(tmp_path / "b.txt", few + b"and other words" * 40), errors="replace")
+    end = b"a" * documents.BLOCK_SIZE + b"\xff" * 9  # too short a block to judge by
+    assert num_replaced(write(tmp_path / "c.txt", end)) == 9
 
 
 def test_replacing_counts_in_lines_and_rows_too(tmp_path: Path) -> None:
