@@ -62,17 +62,19 @@ def flops_per_step(sizes: Mapping[str, int]) -> int:
 class Clock(Callback):
     """Times the command as it is, in rounds of steps; it never validates, and has no end but this one's."""
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         plugin = trainer.precision_plugin
         several, devices = trainer.accumulate_grad_batches, trainer.world_size
         check(several == 1, f"trainer.accumulate_grad_batches={several}: the benchmark counts steps of one batch")
         check(devices == 1, f"{devices} devices: the benchmark measures one, add --trainer.devices 1")
         is_known = plugin.precision in ("32-true", *AUTOCAST)
         check(is_known, f"trainer.precision={plugin.precision}: the other loops know 32-true, bf16-mixed and 16-mixed")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         device = trainer.strategy.root_device
         self.turns = Turns()
         self.facts = {
-            "precision": plugin.precision,
+            "precision": trainer.precision_plugin.precision,
             "device": device.type,
             "sizes": {**pl_module.hparams, "batch_size": trainer.datamodule.hparams["batch_size"]},
             "fast_dtype": str(fast_dtype(device)).removeprefix("torch."),

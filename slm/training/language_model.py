@@ -123,7 +123,7 @@ class LanguageModel(LightningModule):
         step.rescale(gradients, self.trainer.accumulate_grad_batches)
         self._norm = torch.nn.utils.get_total_norm(gradients)
         number = self.trainer.global_step + 1
-        is_logged_step = is_logged(self.trainer, number)
+        is_logged_step = number == 1 or is_logged(self.trainer, number)  # the progress bar shows the first
         self._guard.check(step.mean_loss(), self._norm, number - 1, self._scaler, optimizer, is_logged_step)
         if is_logged_step:
             self.log("train/loss", step.mean_loss(), sync_dist=True)  # prog_bar would read it back at every step

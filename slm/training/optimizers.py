@@ -78,7 +78,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        for name in self.param_groups[0].keys() - {"params", "lr", "weight_decay"}:
+        for name in self.param_groups[0].keys() - {"params", "lr", "initial_lr", "weight_decay"}:
             del self.param_groups[0][name]  # settings of torch's own Muon, in older checkpoints
         self._share()
 

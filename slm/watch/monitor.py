@@ -36,7 +36,7 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Draw it ten times a second at most: a small model's step is over sooner than that is done."""
-        if is_logged(trainer, trainer.global_step):
+        if trainer.global_step == 1 or is_logged(trainer, trainer.global_step):
             self._read(trainer)
         now = time.perf_counter()
         if now >= self._next_refresh or trainer.is_last_batch:
