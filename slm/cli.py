@@ -22,8 +22,8 @@ from slm.run.checkpoint import RUNS, best_checkpoint, load_weights
 from slm.run.folder import RunFolder
 from slm.run.signals import Progress, stopped_by_signals
 from slm.training.language_model import LanguageModel
-from slm.watch.report import closing_report, evaluated, show_in_tensorboard
-from slm.watch.tensorboard import Watch
+from slm.watch.report import closing_report, evaluated
+from slm.watch.tensorboard import Watch, show_in_tensorboard
 
 
 def main(argv: Sequence[str] | None = None) -> None:

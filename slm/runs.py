@@ -17,7 +17,7 @@ from slm.errors import InputError, check
 from slm.messages import say, silence_notices
 from slm.run.checkpoint import RUNS
 from slm.run.loading import import_model
-from slm.watch.curves import Curve, read_curves, seconds_drawn
+from slm.watch.tensorboard import Curve, read_curves, seconds_drawn
 
 UNTOLD = ("trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir", "watch.")
 """Settings that change nothing in what a run reaches."""

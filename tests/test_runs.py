@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, SMALL_FLAGS
 
 from slm.runs import duration, main, read_run
-from slm.watch.curves import read_curves, seconds_drawn
+from slm.watch.tensorboard import read_curves, seconds_drawn
 
 Run = Callable[..., str]
 FLAGS = [*SMALL_FLAGS, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"]

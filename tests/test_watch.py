@@ -1,23 +1,31 @@
 """TensorBoard shows what the model writes, attends to and embeds, and the run is the same as without."""
 
+import ast
+import io
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_FLAGS, small_model
-from PIL import Image
+from conftest import ROOT, SMALL_FLAGS, fit, small_data, small_model
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from slm.data.text_stream import Numbers
 from slm.data.tokenizer import ByteTokenizer
+from slm.errors import InputError
+from slm.model.transformer import Block
 from slm.watch import tensorboard as watch
-from slm.watch.curves import read_curves
-from slm.watch.drawing import CELL, Line, attention_image, loss_chart, ticks
-from slm.watch.report import losses
-from slm.watch.tensorboard import attention, label
+from slm.watch.pictures import attention_figure, loss_figure
+from slm.watch.tensorboard import Watch, Watcher, attention, label, read_curves
 
 Run = Callable[..., str]
 RUN = Path("runs/version_0")
@@ -26,11 +34,17 @@ TEXT = ["--config", str(ROOT / "configs/text.yaml"), "--model.vocab_size=256"]
 OFF = [f"--watch.{name}=false" for name in ("samples", "attention", "embedding", "loss_figure")]
 
 
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything fits into the time budget."""
+    monkeypatch.setattr(watch, "LARGEST_SHARE_OF_TIME", 1e9)
+
+
 def shown(run: Path = RUN) -> EventAccumulator:
     return EventAccumulator(str(run)).Reload()
 
 
-def test_a_run_shows_samples_attention_embedding_and_losses(slm: Run) -> None:
+def test_a_run_shows_samples_attention_embedding_and_losses(slm: Run, unhurried: None) -> None:
     slm(*FLAGS)
     events = shown()
     assert sorted(events.Tags()["images"]) == ["attention/layer_1", "losses"]
@@ -40,7 +54,7 @@ def test_a_run_shows_samples_attention_embedding_and_losses(slm: Run) -> None:
     numbers = [re.findall(r"\d+", line) for line in re.findall(r"^    (.+)$", text, re.M)]
     assert [len(line) for line in numbers] == [16, 64] * watch.NUM_PROMPTS
     assert "losses      runs/version_0/loss.png" in slm("--ckpt_path=last", "--trainer.max_epochs=3")
-    assert Image.open(RUN / "loss.png").size == (640, 440)
+    assert imread(RUN / "loss.png").shape == (440, 640, 4)
 
 
 def test_the_embedding_is_that_of_the_tokens_held_out(slm: Run) -> None:
@@ -55,8 +69,9 @@ def test_the_embedding_is_that_of_the_tokens_held_out(slm: Run) -> None:
     assert rows == pytest.approx(weights[[int(token) for token, _ in names[1:]]].numpy(), abs=1e-6)
 
 
-def test_each_can_be_switched_off_and_changes_nothing_in_the_run(slm: Run) -> None:
+def test_each_can_be_switched_off_and_changes_nothing_in_the_run(slm: Run, unhurried: None) -> None:
     slm(*FLAGS)
+    assert len(shown().Images("attention/layer_1")) == 2
     output = slm(*FLAGS, *OFF)
     other = Path("runs/version_1")
     events = shown(other)
@@ -71,31 +86,77 @@ def test_each_can_be_switched_off_and_changes_nothing_in_the_run(slm: Run) -> No
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_a_validation_is_passed_over_where_watching_would_take_too_long(
-    slm: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("seconds_per_epoch", "samples_at", "attention_at"), [(100.0, [1, 4, 6], [1, 6]), (2.0, [1], [])]
+)
+def test_what_would_exceed_the_time_budget_is_skipped(
+    seconds_per_epoch: float,
+    samples_at: list[int],
+    attention_at: list[int],
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(watch, "LARGEST_SHARE_OF_TIME", 1e9)
-    slm(*FLAGS)
-    monkeypatch.setattr(watch, "LARGEST_SHARE_OF_TIME", 1e-9)
-    slm(*FLAGS)
-    counts = [len(shown(run).Images("attention/layer_1")) for run in (RUN, Path("runs/version_1"))]
-    assert counts == [2, 1]
+    class Clock(Callback):
+        now = 100.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+        def on_validation_start(self, *_: Any) -> None:
+            self.now += seconds_per_epoch
+
+    def taking(seconds: float, show: watch.Show) -> watch.Show:
+        def show_slowly(*arguments: Any) -> None:
+            clock.now += seconds
+            show(*arguments)
+
+        return show_slowly
+
+    clock = Clock()
+    monkeypatch.setattr(watch, "time", clock)
+    monkeypatch.setattr(watch, "_show_samples", taking(0.55, watch._show_samples))
+    monkeypatch.setattr(watch, "_show_attention", taking(0.8, watch._show_attention))
+    watcher = Watcher(Watch(embedding=False))
+    flags = {"max_epochs": 6, "limit_train_batches": 1, "limit_val_batches": 1}
+    fit(small_model(), small_data(), callbacks=[clock, watcher], logger=TensorBoardLogger(".", "", ""), **flags)
+    events = shown(Path())
+    assert [point.step for point in events.Tensors("samples/text_summary")] == samples_at
+    assert ("attention/layer_1" in events.Tags()["images"]) == bool(attention_at)
+    if attention_at:
+        assert [point.step for point in events.Images("attention/layer_1")] == attention_at
 
 
 def test_attention_is_that_of_the_network() -> None:
-    transformer = small_model(num_layers=2).transformer
+    transformer = small_model(num_layers=2, dropout=0.5).transformer
+    transformer.blocks[1].eval()
+    before = {module: module.training for module in transformer.modules()}, torch.get_rng_state()
     tokens = torch.arange(6)
     found = attention(transformer, tokens)
-    assert transformer.training
-    block = transformer.blocks[0]
+    assert {module: module.training for module in transformer.modules()} == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    transformer.eval()
     x = transformer.token_embedding(tokens) + transformer.position_embedding.weight[:6]
-    q, k, v = block.attn.qkv(block.attn_norm(x)).view(6, 3, 2, 8).permute(1, 2, 0, 3)  # (H, T, D / H) each
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(found[0].clone() @ v, expected)
-    assert len(found) == 2
-    for weights in (part.clone() for part in found):
+    for block, weights in zip(transformer.blocks, found, strict=True):
+        q, k, v = block.attn.qkv(block.attn_norm(x)).view(6, 3, 2, 8).permute(1, 2, 0, 3)  # (H, T, D / H) each
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.testing.assert_close(weights @ v, expected)
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 6))
         assert weights.triu(1).abs().max() == 0
+        x = block(x[None])[0]
+
+
+def test_attention_is_found_in_any_network_that_has_it() -> None:
+    network = nn.Sequential(nn.Embedding(20, 16), nn.Sequential(Block(16, 4, 32, 0.0)), Block(16, 2, 32, 0.0))
+    assert [weights.shape for weights in attention(network, torch.arange(5))] == [(4, 5, 5), (2, 5, 5)]
+    assert attention(nn.Embedding(20, 16), torch.arange(5)) == []
+
+
+def test_an_error_leaves_the_network_as_it_was() -> None:
+    transformer = small_model().transformer
+    with pytest.raises(InputError, match="longer than max_seq_len=16"):
+        attention(transformer, torch.zeros(17, dtype=torch.long))
+    assert transformer.training
+    assert not any(module._forward_pre_hooks for module in transformer.modules())
 
 
 @pytest.mark.parametrize(
@@ -109,44 +170,82 @@ def test_numbers_are_their_own_names() -> None:
     assert label(Numbers(20), 17) == "17"
 
 
-def test_the_image_of_attention_is_dark_where_the_weight_is() -> None:
-    weights = torch.zeros(2, 3, 3)
-    weights[1, 2, 0] = 1.0
-    image = np.asarray(attention_image(weights, ["a", "b", "c"], "layer 1"))
-    dark = np.argwhere((image == [26, 115, 232]).all(-1))
-    assert len(dark) == CELL**2
-    assert dark[:, 1].min() > image.shape[1] // 2  # the second head's
-    frame = np.argwhere((image == [95, 99, 104]).all(-1))
-    bottom, left = frame[:, 0].max(), frame[frame[:, 1] > image.shape[1] // 2][:, 1].min()
-    assert (dark[:, 0].max(), dark[:, 1].min()) == (bottom - 1, left + 1)  # last row, first column
+def drawn(figure: Figure) -> np.ndarray:
+    """The figure's pixels; a warning is an error."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.savefig(file, format="png")
+    file.seek(0)
+    return imread(file)
 
 
-def test_a_chart_draws_finite_points_and_marks_what_it_is_told() -> None:
-    points = [(0, 9.0), (50, float("nan")), (99, 2.0)]
-    plain = np.asarray(loss_chart("run", [Line("training", "#8ab4f8", points)], None, []))
-    marked = np.asarray(loss_chart("run", [Line("training", "#8ab4f8", points)], 2.5, [60]))
-    purple, green = ([147, 52, 230], [24, 128, 56])
-    assert not (plain == purple).all(-1).any()
-    columns = np.argwhere((marked == purple).all(-1)[70:])[:, 1]
-    assert columns.mean() == pytest.approx(64 + (640 - 84) * 60 / 99, abs=2)
-    assert (marked == green).all(-1).any()
-    loss_chart("run", [Line("training", "#8ab4f8", [])], None, [])
-    loss_chart("run", [Line("training", "#8ab4f8", [(0, 3.0)])], None, [])
+def test_each_head_has_its_map_with_the_tokens_beside_it() -> None:
+    weights = torch.rand(3, 4, 4).tril()
+    tokens = ["$", "$x_$", "\\alpha", "12345678"]
+    figure = attention_figure(weights, tokens, "layer 1")
+    assert [axes.get_xlabel() for axes in figure.axes] == ["head 1", "head 2", "head 3"]
+    for axes, expected in zip(figure.axes, weights, strict=True):
+        [image] = axes.images
+        assert np.array_equal(image.get_array(), expected)
+        assert image.get_clim() == (0, 1)
+    rows = [[text.get_text() for text in axes.get_yticklabels()] for axes in figure.axes]
+    columns = [[text.get_text() for text in axes.get_xticklabels()] for axes in figure.axes]
+    assert rows == [tokens, [], tokens]
+    assert columns == [tokens, tokens, []]
+    assert drawn(figure).ndim == 3
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"), [(0, 179, [0, 20]), (1.5, 9.5, [2, 4]), (2.31, 2.34, [2.31, 2.315])]
-)
-def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
-    found = ticks(low, high)
-    assert found[:2] == expected
-    assert 4 <= len(found) <= 11
+def test_maps_are_white_where_nothing_is_attended_to_and_have_square_cells() -> None:
+    weights = torch.zeros(1, 16, 16)
+    weights[0, 15, 0] = 1.0
+    pixels = drawn(attention_figure(weights, ["a"] * 16, "layer 1"))[..., :3]
+    dark = np.argwhere(pixels[..., 2] - pixels[..., 0] > 0.3)
+    height, width = np.ptp(dark, axis=0) + 1
+    assert 14 <= height <= 17
+    assert abs(height - width) <= 1
+    assert dark[:, 0].min() > pixels.shape[0] * 0.8  # the last row
+    assert dark[:, 1].max() < pixels.shape[1] * 0.25  # the first column
 
 
-def test_a_fall_of_the_rate_is_marked_at_the_validation_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr("slm.watch.report.loss_chart", lambda *arguments: seen.append(arguments[3]))
-    curves = {"val/loss": [(14, 2.0), (29, 2.0)], "lr": [(9, 1e-3), (19, 1e-3), (39, 5e-4), (49, 5e-4)]}
-    losses("run", curves, None, True)
-    losses("run", curves, None, False)
-    assert seen == [[29], []]
+def test_the_figure_of_losses_shows_the_curves_and_the_optimum() -> None:
+    curves = {"train/loss": [(0, 9.0), (50, float("nan")), (99, 2.0)], "val/loss": [(60, 3.0), (99, float("inf"))]}
+    figure = loss_figure("run $1 \u65e5\u672c\n", curves, 1.5, False)
+    [axes] = figure.axes
+    training, validation, optimum = axes.lines
+    assert np.array_equal(training.get_xydata(), curves["train/loss"], equal_nan=True)
+    assert np.array_equal(validation.get_xydata(), curves["val/loss"])
+    assert list(optimum.get_ydata()) == [1.5, 1.5]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["training", "validation", "optimum 1.500"]
+    assert axes.get_title("left") == r"run $1 \u65e5\u672c\n"
+    assert drawn(figure).shape == (440, 640, 4)
+    low, high = axes.get_ylim()
+    assert low < 1.5 < 9.0 < high < 10.0
+
+
+@pytest.mark.parametrize("points", [[], [(0, 3.0)]])
+def test_losses_of_a_step_or_of_none_can_be_drawn(points: list[tuple[int, float]]) -> None:
+    plain = drawn(loss_figure("run", {}, None, True))
+    pixels = drawn(loss_figure("run", {"train/loss": points}, None, True))
+    middle = (slice(150, 300), slice(200, 400))
+    assert (np.ptp(pixels[middle][..., 2] - pixels[middle][..., 0]) > 0.2) == bool(points)  # a blue dot
+    assert plain.shape == pixels.shape
+
+
+@pytest.mark.parametrize(("is_plateau", "expected"), [(True, [29, 44]), (False, [])])
+def test_a_fall_of_the_rate_is_marked_at_the_validation_before_it(is_plateau: bool, expected: list[int]) -> None:
+    rates = [(9, 1e-3), (19, 1e-3), (39, 5e-4), (49, 2.5e-4)]
+    curves = {"val/loss": [(14, 2.0), (29, 2.0), (44, 2.0)], "lr": rates}
+    [axes] = loss_figure("run", curves, None, is_plateau).axes
+    marks = [line for line in axes.lines if line.get_linestyle() == ":"]
+    assert [line.get_xdata()[0] for line in marks] == expected
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["training", "validation"] + ["learning rate falls"] * is_plateau
+
+
+def test_matplotlib_is_imported_when_the_first_figure_is_drawn() -> None:
+    for file in (ROOT / "slm").rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        imports = "\n".join(ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+        assert file.name == "pictures.py" or not re.search("matplotlib|pictures", imports), file

@@ -2,74 +2,15 @@
 
 import math
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from PIL.Image import Image
 
 from slm.data.token_data import TokenData
-from slm.durable import replacing
-from slm.errors import NotWrittenError
-from slm.messages import say
-from slm.watch.curves import Curve, read_curves
-from slm.watch.drawing import Line, loss_chart
-
-HPARAMS_LOSS = "best/val_loss"
-"""The final loss in the HPARAMS tab: a tag of its own, so that it adds no point to a curve."""
-FIGURE = "loss.png"
-
-
-@rank_zero_only
-def show_in_tensorboard(
-    loggers: Iterable[Logger],
-    run: Path,
-    hparams: Mapping[str, Any],
-    best: float | None,
-    optimum: float | None,
-    step: int,
-    has_figure: bool,
-) -> None:
-    """List a run's settings in the HPARAMS tab with its best loss, and show its losses as one picture.
-
-    Args:
-        loggers: those of the run; of TensorBoard's.
-        run: its folder, where the picture is `loss.png`.
-        hparams: of model and data.
-        best: the loss of the best checkpoint; None where there is none.
-        optimum: the best that is possible; None where that is not known.
-        step: how many are done.
-        has_figure: whether there is to be a picture.
-    """
-    for logger in (logger for logger in loggers if isinstance(logger, TensorBoardLogger)):
-        if best is not None:
-            logger.log_hyperparams(dict(hparams), {HPARAMS_LOSS: best}, step)
-        logger.save()
-        curves = read_curves(run) if has_figure else {}
-        if curves:
-            image = losses(run.name, curves, optimum, hparams["schedule"] == "plateau")
-            try:
-                with replacing(run / FIGURE) as file:
-                    image.save(file, "PNG")
-            except NotWrittenError as error:
-                say(str(error))
-            logger.experiment.add_image("losses", np.asarray(image), step, dataformats="HWC")
-            logger.save()
-
-
-def losses(name: str, curves: Mapping[str, Curve], optimum: float | None, is_plateau: bool) -> Image:
-    """A run's losses as a picture; each fall of a plateau's learning rate is marked at the validation before it."""
-    training, validation, rates = (curves.get(tag, []) for tag in ("train/loss", "val/loss", "lr"))
-    fell = [at for (_, before), (at, rate) in pairwise(rates) if is_plateau and rate < before]
-    drops = [max((done for done, _ in validation if done < at), default=at) for at in fell]
-    lines = [Line("training", "#8ab4f8", training), Line("validation", "#1a73e8", validation, has_dots=True)]
-    return loss_chart(name, lines, optimum, drops)
+from slm.watch.tensorboard import FIGURE
 
 
 def closing_report(
