@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,13 +98,23 @@ def read_run(path: Path) -> Run:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Runs in Markdown, the best first: by bits per byte where all have them, else by validation loss."""
+    """Runs in Markdown, the best first: by bits per byte where all have them, else by validation loss.
+
+    A setting is named where the runs that have it differ in it, and once, below, if more than half of them agree. Runs
+    without a loss come last.
+    """
     have_bits = all(run.best("val/bits_per_byte") is not None for run in runs if run.best_step is not None)
-    told = sorted({name for run in runs for name in run.settings if not name.startswith(UNTOLD)})
-    differing = [name for name in told if len({str(run.settings.get(name)) for run in runs}) > 1]
+    tag = "val/bits_per_byte" if have_bits else "val/loss"
+    flags = {
+        run.path: [_as_flag(name, value) for name, value in run.settings.items() if not name.startswith(UNTOLD)]
+        for run in runs
+    }
+    counts = Counter(flag for given in flags.values() for flag in given)
+    num_runs = Counter(flag.partition("=")[0] for given in flags.values() for flag in given)  # that have a setting
+    usual = {flag for flag, count in counts.items() if count > num_runs[flag.partition("=")[0]] / 2}
     rows: list[tuple[str, ...]] = [COLUMNS]
-    for run in sorted(runs, key=lambda run: _or_last(run.best("val/bits_per_byte" if have_bits else "val/loss"))):
-        differs = ", ".join(f"{name}={_as_flag(run.settings[name])}" for name in differing if name in run.settings)
+    for run in sorted(runs, key=lambda run: (_or_last(run.best(tag)), _in_numbers(run.path.name))):
+        differs = ", ".join(sorted(flag for flag in flags[run.path] if flag not in usual))
         rows.append(
             (
                 run.path.name,
@@ -116,10 +128,11 @@ def table(runs: Sequence[Run]) -> str:
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[-1] = len(COLUMNS[-1])  # one long row makes no other wrap
     rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |".rstrip() for row in rows
-    )
+    lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
+    others = [flag for flag in sorted(usual) if counts[flag] < num_runs[flag.partition("=")[0]]]
+    return "\n".join([*lines, *(["", f"The others have {', '.join(others)}."] if others else [])])
 
 
 def duration(seconds: float) -> str:
@@ -133,8 +146,15 @@ def _or_last(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def _as_flag(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _in_numbers(name: str) -> list[str | int]:
+    """A key that sorts version_2 before version_10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _as_flag(name: str, value: Any) -> str:
+    """A setting as it is given on the command line, a class by its last name."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{name.removesuffix('.class_path')}={text.rpartition('.')[2] if name.endswith('.class_path') else text}"
 
 
 def _shown(value: float | None, style: str) -> str:
@@ -157,7 +177,10 @@ def show(runs: Path = RUNS) -> None:
             unread.append(" ".join(str(error).split()))
     for line in unread:
         say(f"left out: {line}")
-    check(bool(found), f"there is no run under {runs.absolute()}: start one with `python train.py`, or give --runs")
+    check(
+        bool(found),
+        f"there is no run under {runs.absolute()}: start one with `python train.py`, or name another folder",
+    )
     print(table(found))
 
 
@@ -165,9 +188,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = new_parser("runs")
     parser.add_function_arguments(show)
+    parser.add_argument("folder", nargs="?", type=Path | None, help="the same as --runs")
     silence_notices()
     with ends_in_one_line():
-        show(**vars(parse_flags(parser, argv)))
+        settings = parse_flags(parser, argv)
+        show(settings.folder or settings.runs)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL_FLAGS
+from conftest import RHYME, ROOT, SMALL_FLAGS
 
 from slm.runs import duration, main, read_run
 from slm.watch.tensorboard import read_curves, seconds_drawn
@@ -17,7 +17,8 @@ FLAGS = [*SMALL_FLAGS, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"
 def rows(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, str]]:
     capsys.readouterr()
     main(list(argv))
-    lines = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines()]
+    table = capsys.readouterr().out.partition("\n\n")[0]
+    lines = [line.strip("|").split("|") for line in table.splitlines()]
     names = [name.strip() for name in lines[0]]
     return [dict(zip(names, map(str.strip, line), strict=False)) for line in lines[2:]]
 
@@ -45,9 +46,12 @@ def test_text_in_different_tokens_is_compared_by_bits_per_byte(slm: Run, capsys:
     slm(*text, "--model.vocab_size=300", "--data.tokenizer=bpe")
     slm(*text, "--model.vocab_size=256", "--trainer.max_steps=1", "--trainer.limit_val_batches=0")
     *found, unvalidated = rows(capsys)
-    assert unvalidated["run"] == "version_2"
+    assert (unvalidated["run"], unvalidated["bits/byte"]) == ("version_2", "")
     assert [float(row["bits/byte"]) for row in found] == sorted(float(row["bits/byte"]) for row in found)
-    assert all("model.vocab_size=" in row["what differs"] for row in found)
+    differs = {row["run"]: row["what differs"] for row in found}
+    assert differs == {"version_0": "", "version_1": "data.tokenizer=bpe, model.vocab_size=300"}
+    main([])
+    assert "\n\nThe others have data.tokenizer=bytes, model.vocab_size=256, " in capsys.readouterr().out
 
 
 def test_a_run_that_cannot_be_read_is_left_out_and_named(slm: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,9 +68,26 @@ def test_a_run_that_cannot_be_read_is_left_out_and_named(slm: Run, capsys: pytes
     assert second.startswith("left out: runs/version_2/config.yaml is not valid YAML")
 
 
-def test_no_run_at_all_is_one_line(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_of_another_kind_of_data_and_a_run_s_number_tell_nothing(
+    slm: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("text.txt").write_text(RHYME * 60)
+    unvalidated = "--trainer.limit_val_batches=0"
+    slm(*FLAGS, unvalidated)
+    text = [flag for flag in FLAGS if "num_tokens" not in flag and "vocab_size" not in flag]
+    slm(*text, "--data=TextData", "--data.path=text.txt", "--model.vocab_size=256", unvalidated)
+    shutil.copytree("runs/version_0", "runs/version_10")
+    shutil.copytree("runs/version_1", "runs/version_11")
+    found = rows(capsys)
+    assert [row["run"] for row in found] == ["version_0", "version_1", "version_10", "version_11"]
+    dummy, text_data = "data=DummyData, model.vocab_size=20", "data=TextData, model.vocab_size=256"
+    assert [row["what differs"] for row in found] == [dummy, text_data] * 2
+
+
+@pytest.mark.parametrize("folder", ["elsewhere", "--runs=elsewhere"])
+def test_no_run_at_all_is_one_line(folder: str, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        main(["--runs=elsewhere"])
+        main([folder])
     assert exit_info.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: there is no run under {workdir / 'elsewhere'}: start one")
