@@ -88,8 +88,8 @@ class Run:
         try:
             with torch.device("meta"):
                 return sum(weight.numel() for weight in kind.network(**options).parameters())
-        except TypeError as error:
-            raise InputError(f"{self.path / 'config.yaml'} does not give the sizes of its network: {error}") from error
+        except (InputError, TypeError) as error:
+            raise InputError(f"{self.path / 'config.yaml'}: {error}; restore it") from error
 
 
 def read_run(path: Path) -> Run:

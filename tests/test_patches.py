@@ -31,11 +31,11 @@ PATCHES = {
     "other data": ["--data=patches.Multiples", "--data.factor=7", "--data.batch_size=8"],
 }
 LISTED = {
-    "rotary positions": "model.class_path=patches.RotaryModel",
-    "experts": "model.class_path=patches.ExpertsModel",
-    "experts and adamw": "model.class_path=patches.ExpertsModel",
-    "z-loss": "model.class_path=patches.ZLossModel",
-    "other data": "data.class_path=patches.Multiples",
+    "rotary positions": "model=RotaryModel",
+    "experts": "model=ExpertsModel",
+    "experts and adamw": "model=ExpertsModel",
+    "z-loss": "model=ZLossModel",
+    "other data": "data=Multiples",
 }
 UNLIKE_GPT2 = {
     "rotary positions": "RotaryTransformer",

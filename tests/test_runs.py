@@ -64,7 +64,7 @@ def test_a_run_that_cannot_be_read_is_left_out_and_named(slm: Run, capsys: pytes
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 3
     first, second = err.splitlines()
-    assert first.startswith("left out: runs/version_1/config.yaml does not give model.vocab_size")
+    assert first.startswith("left out: runs/version_1/config.yaml: embed_dim=3 is not divisible by num_heads=4")
     assert second.startswith("left out: runs/version_2/config.yaml is not valid YAML")
 
 

@@ -249,9 +249,9 @@ def _go_on(ckpt_path: str, is_fitting: bool, runs: Path) -> Start:
     has_config = (is_in_checkpoints or path.name == WEIGHTS_NAME) and config.is_file()
     if is_fitting and ckpt_path == "last" and not path.is_file():
         say(f"{run} has no checkpoint yet: it starts from step 0")
-        settings = read_settings(str(config)) if has_config else {}
-        start = _begin_with(settings["init_from"], runs) if settings.get("init_from") else Start()
-        return replace(start, run=run, settings=settings, config=config if has_config else None)
+        own = read_settings(str(config)) if has_config else {}
+        start = _begin_with(own["init_from"], runs) if own.get("init_from") else Start()
+        return replace(start, run=run, settings=own, config=config if has_config else None)
     path, content = open_checkpoint(ckpt_path, prefer, runs, path)
     has_optimizer = "optimizer_states" in content
     check(
