@@ -14,7 +14,7 @@ import torch
 from slm.command.exit_codes import ends_in_one_line
 from slm.command.parser import new_parser, parse_flags
 from slm.errors import InputError, check
-from slm.hardware import writing_device
+from slm.hardware import keep_freed_memory, writing_device
 from slm.messages import say
 from slm.model.sampling import Sampler, decode
 from slm.run.gpt2 import as_gpt2
@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = new_parser("generate_benchmark")
     parser.add_function_arguments(measure)
+    keep_freed_memory()
     with ends_in_one_line():
         measure(**vars(parse_flags(parser, argv)))
 

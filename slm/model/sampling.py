@@ -78,9 +78,7 @@ class Sampler:
         if not self._generators:
             self._generators = [torch.Generator(logits.device).manual_seed(seed) for seed in self._seeds]
         draw = draw_from_sums if logits.device.type == "cpu" else draw_by_a_race
-        probabilities = self.probabilities(logits)
-        _check_finite(probabilities.sum(-1))
-        return draw(probabilities, self._generators)
+        return draw(self.probabilities(logits), self._generators)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What is drawn from, (B, V), for a temperature above 0; its sum is the share that `top_p` leaves."""
@@ -101,12 +99,15 @@ def draw_from_sums(probabilities: Tensor, generators: Sequence[torch.Generator])
     On a GPU sums are not the same each time, and need not rise.
     """
     cumulated = probabilities.cumsum(-1)
+    total = cumulated[:, -1:]
+    _check_finite(total)
     drawn = 1 - torch.cat([torch.rand(1, generator=generator) for generator in generators])  # in (0, 1]
-    return torch.searchsorted(cumulated, drawn[:, None] * cumulated[:, -1:])[:, 0]
+    return torch.searchsorted(cumulated, drawn[:, None] * total)[:, 0]
 
 
 def draw_by_a_race(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """The same on the device of the probabilities: the token whose exponential time, at this rate, is the first."""
+    _check_finite(probabilities.sum(-1))
     times = torch.empty_like(probabilities)
     for row, generator in zip(times, generators, strict=True):
         row.exponential_(generator=generator)
