@@ -24,8 +24,8 @@ from torch import Tensor
 from slm.baselines import STEPS, Turns, train_in_turns
 from slm.cli import train
 from slm.command.exit_codes import ends_in_one_line
-from slm.command.policy import resolve_devices
 from slm.command.settings import SUBCOMMANDS, read_command
+from slm.command.trainer import resolve_precision_of
 from slm.errors import check
 from slm.hardware import (
     accelerator_kind,
@@ -92,9 +92,9 @@ def train_bare(argv: list[str]) -> None:
     model = command.new_model()
     data = command.new_data(model)
     data.setup()
-    asked = command.instantiate().trainer
-    autocast = AUTOCAST.get(resolve_devices(asked))
-    device = torch.device(accelerator_kind(asked.accelerator))
+    asked = vars(command.instantiate().trainer)
+    autocast = AUTOCAST.get(resolve_precision_of(asked))
+    device = torch.device(accelerator_kind(asked["accelerator"]))
     transformer = model.to(device).transformer
     if model.hparams["compile"]:
         tell_compiled_code_by_its_vectors()

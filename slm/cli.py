@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 
 from slm.command.exit_codes import command_name, ends_in_one_line
-from slm.command.policy import check_trainer, resolve_devices, trainer_arguments
 from slm.command.settings import Command, read_command
 from slm.command.streams import print_only_messages
+from slm.command.trainer import check_trainer, new_trainer
 from slm.data import TokenData
 from slm.errors import InputError, check
 from slm.hardware import keep_freed_memory
@@ -23,7 +22,7 @@ from slm.run.folder import RunFolder
 from slm.run.signals import Progress, stopped_by_signals
 from slm.training.language_model import LanguageModel
 from slm.watch.report import closing_report, evaluated
-from slm.watch.tensorboard import Watch, show_in_tensorboard
+from slm.watch.tensorboard import show_in_tensorboard
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,27 +43,23 @@ def train(argv: Sequence[str], progress: Progress) -> None:
     model = command.new_model()
     data = command.new_data(model)
     settings = command.instantiate()
-    asked = vars(settings.trainer)
-    check_trainer(asked)
-    precision = resolve_devices(asked)
+    check_trainer(vars(settings.trainer))
     if command.start.content:
         take_over_weights(command, model, data)
     data.setup()
     if command.subcommand != "fit":
-        evaluate(command, new_trainer(command, asked, settings.watch, precision, None), model, data)
+        evaluate(command, new_trainer(command, settings, None), model, data)
         return
 
     if not command.is_other_data_meant:
         command.start.check_same_data(data.fingerprint)
     for line in data.at_a_glance(sum(p.numel() for p in model.parameters())):
         say(line)
-    runs = Path(asked["default_root_dir"] or "") / RUNS
-    with nullcontext() if asked["fast_dev_run"] else RunFolder(command.start.run, runs, progress) as folder:
+    runs = Path(settings.trainer.default_root_dir or "") / RUNS
+    with nullcontext() if settings.trainer.fast_dev_run else RunFolder(command.start.run, runs, progress) as folder:
         if folder is not None:
-            folder.prepare(
-                {} if command.start.is_new_run else command.start.content, command.text(), data.tokenizer, argv
-            )
-        trainer = progress.trainer = new_trainer(command, asked, settings.watch, precision, folder)
+            folder.prepare(command.start.training_state, command.text(), data.tokenizer, argv)
+        trainer = progress.trainer = new_trainer(command, settings, folder)
         print_only_messages()
         trainer.fit(model, data, ckpt_path=command.ckpt_path, weights_only=True)
         check_that_it_trained(command, trainer, folder)
@@ -80,27 +75,6 @@ def take_over_weights(command: Command, model: LanguageModel, data: TokenData) -
     data.continue_with(start.content.get("tokenizer"))
     if start.is_new_run:
         say(f"begins with the weights of {start.path}")
-
-
-def new_trainer(
-    command: Command, asked: Mapping[str, Any], watch: Watch, precision: str, folder: RunFolder | None
-) -> Trainer:
-    """The Trainer with the project's callbacks, and its places in the run's folder."""
-    content, command.start.content = command.start.content, {}
-    arguments = trainer_arguments(
-        asked,
-        command.subcommand,
-        precision,
-        None if folder is None else folder.path,
-        command.text(),
-        None if folder is None or folder.is_new else command.start.steps or 0,
-        watch,
-        content if command.ckpt_path else None,
-    )
-    try:
-        return Trainer(**{**asked, **arguments})
-    except (ValueError, TypeError, RuntimeError, ModuleNotFoundError, MisconfigurationException) as error:
-        raise InputError(f"the Trainer refuses its settings: {error}") from error
 
 
 def check_that_it_trained(command: Command, trainer: Trainer, folder: RunFolder | None) -> None:

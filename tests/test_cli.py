@@ -15,10 +15,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import slm.hardware
-from slm.cli import main, new_trainer
+from slm.cli import main
 from slm.command import parser
-from slm.command.policy import resolve_devices
 from slm.command.settings import read_command
+from slm.command.trainer import new_trainer
 from slm.errors import InputError
 from slm.run.callbacks import BestCheckpoint, LastCheckpoint
 from slm.run.folder import RunFolder, claim_run
@@ -35,10 +35,7 @@ SMALL = [*SMALL_FLAGS, *QUIET, "--trainer.max_epochs=2"]
 def built(*argv: str) -> Trainer:
     """The Trainer that a command line asks for, before it begins to train."""
     command = read_command(argv)
-    settings = command.instantiate()
-    asked = vars(settings.trainer)
-    folder = RunFolder(None, Path("runs"), Progress())
-    return new_trainer(command, asked, settings.watch, resolve_devices(asked), folder)
+    return new_trainer(command, command.instantiate(), RunFolder(None, Path("runs"), Progress()))
 
 
 # ---- what the default command builds

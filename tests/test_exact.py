@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from stress import compare, ending
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-import slm.cli
+import slm.command.trainer
 from slm.cli import main
 from slm.data import DummyData
 from slm.run.resume import ExactResume
@@ -99,14 +99,8 @@ def bomb(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives every run the bomb, a schedule that moves, and event files of one second names that sort by age."""
     monkeypatch.setattr("slm.training.language_model.ReduceLROnPlateau", Demanding)
     monkeypatch.setattr(event_files, "_global_uid", event_files.AtomicCounter(10_000))
-    built = slm.cli.trainer_arguments
-
-    def with_bomb(*args: Any) -> dict[str, Any]:
-        arguments = built(*args)
-        arguments["callbacks"].append(Bomb())
-        return arguments
-
-    monkeypatch.setattr(slm.cli, "trainer_arguments", with_bomb)
+    built = slm.command.trainer._callbacks
+    monkeypatch.setattr(slm.command.trainer, "_callbacks", lambda *args: [*built(*args), Bomb()])
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, settings: str, stops: list[tuple[str, int]]) -> Path:

@@ -571,7 +571,7 @@ def test_whatever_goes_wrong_before_the_first_step_leaves_no_run(slm: Run, monke
     for place in (
         "slm.run.folder.hold",
         "slm.run.folder.begin",
-        "slm.cli.trainer_arguments",
+        "slm.cli.new_trainer",
         "slm.training.language_model.LanguageModel.setup",
     ):
         with monkeypatch.context() as patch:
@@ -582,7 +582,7 @@ def test_whatever_goes_wrong_before_the_first_step_leaves_no_run(slm: Run, monke
 
 
 def test_a_signal_before_the_first_step_leaves_no_run(slm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("slm.run.folder.begin", "slm.cli.trainer_arguments"):
+    for place in ("slm.run.folder.begin", "slm.cli.new_trainer"):
         with monkeypatch.context() as patch:
             patch.setattr(place, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
             with pytest.raises(SystemExit) as exit_info:

@@ -47,7 +47,12 @@ class Start:
     is_new_run: bool = False
 
     def __post_init__(self) -> None:
-        self.steps: int | None = None if self.is_new_run or not self.content else self.content.get("global_step")
+        self.steps: int | None = self.training_state.get("global_step")
+
+    @property
+    def training_state(self) -> dict[str, Any]:
+        """The content of a checkpoint whose training goes on; nothing for a new one."""
+        return {} if self.is_new_run else self.content
 
     @property
     def goes_on(self) -> bool:
@@ -61,7 +66,7 @@ class Start:
 
     def check_same_data(self, fingerprint: str | None) -> None:
         """Raise InputError where a run would go on with data that has changed."""
-        stored = None if self.is_new_run else self.content.get("fingerprint")
+        stored = self.training_state.get("fingerprint")
         check(
             stored in (None, fingerprint),
             f"the data is not what {self.path} was trained on: its fingerprint is {fingerprint}, the run had {stored}; "

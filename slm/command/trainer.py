@@ -1,4 +1,4 @@
-"""The Trainer's settings as they are asked for -> the arguments that it is built with."""
+"""The Trainer: its settings checked, the project's own callbacks, logger and plugins added."""
 
 import math
 from collections.abc import Mapping
@@ -7,21 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch import Callback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from slm.command.settings import Command
 from slm.errors import InputError, check
 from slm.hardware import accelerator_kind, resolve_precision
 from slm.messages import say
 from slm.run.callbacks import BestCheckpoint, ConfigKeeper, LastCheckpoint, SelfContained
 from slm.run.checkpoint import DurableCheckpointIO
+from slm.run.folder import RunFolder
 from slm.run.resume import ExactResume
 from slm.watch.monitor import KnownLimits, ProgressBar, StepMonitor
-from slm.watch.tensorboard import Watch, Watcher
+from slm.watch.tensorboard import Watcher
 
 AT_LEAST = {
     "accumulate_grad_batches": 1,
@@ -46,6 +50,7 @@ AT_LEAST = {
 
 def check_trainer(asked: Mapping[str, Any]) -> None:
     """Raise InputError for what Lightning would not refuse, or only in the middle of a run."""
+    accelerator_kind(str(asked["accelerator"]))
     is_apart = any(word in str(asked["strategy"]) for word in ("fork", "spawn", "notebook"))
     check(not is_apart, f"trainer.strategy={asked['strategy']} gives nothing back of what it trains: use ddp")
     callbacks, num_batches = asked["callbacks"] or [], asked["accumulate_grad_batches"]
@@ -71,12 +76,8 @@ def check_trainer(asked: Mapping[str, Any]) -> None:
         check(is_fine, f"trainer.{name}={asked[name]} must be longer than no time")
 
 
-def resolve_devices(asked: Mapping[str, Any]) -> str:
-    """The precision on the accelerator that is asked for, as this machine does it, and its products of matrices.
-
-    Raises:
-        InputError: a GPU is asked for and there is none.
-    """
+def resolve_precision_of(asked: Mapping[str, Any]) -> str:
+    """The precision asked for, as this machine does it; where that is another one, it is said."""
     accelerator = accelerator_kind(str(asked["accelerator"]))
     if accelerator == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where a product is left in 32 bits
@@ -86,50 +87,52 @@ def resolve_devices(asked: Mapping[str, Any]) -> str:
     return precision
 
 
-def trainer_arguments(
-    asked: Mapping[str, Any],
-    subcommand: str,
-    precision: str,
-    run: Path | None,
-    config: str,
-    first_step: int | None,
-    watch: Watch,
-    content: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """What differs from the settings asked for: the project's own joins them, and its places are in the run's folder.
+def new_trainer(command: Command, settings: Namespace, folder: RunFolder | None) -> Trainer:
+    """The Trainer as asked for, with the project's callbacks, and its places in the run's folder.
 
     Args:
-        asked: the Trainer's settings.
-        subcommand: what the Trainer is for.
-        precision: as this machine does it.
-        run: the run's folder; None where nothing is kept.
-        config: the settings in force, for the run's `config.yaml`.
-        first_step: where a resumed run goes on; None for a new one.
-        watch: what is shown in TensorBoard beside the curves.
-        content: of the checkpoint that is loaded, which is read already.
+        command: what is to be done. It gives away the content of its checkpoint, so that this is read once.
+        settings: those of the command, with callbacks, loggers and plugins made.
+        folder: of the run; None where nothing is kept.
+
+    Raises:
+        InputError: the Trainer refuses its settings.
     """
-    callbacks: list[Callback] = [*(asked["callbacks"] or []), KnownLimits()]
-    shows_bar = asked["enable_progress_bar"] is not False and subcommand != "predict"
-    first: list[Callback] = []
-    if shows_bar and not any(isinstance(callback, LightningProgressBar) for callback in callbacks):
-        first.append(ProgressBar())  # to end its line before anything is said
-    if subcommand == "fit":
-        resume = ExactResume()
-        first.append(resume)
-        callbacks += [StepMonitor(), SelfContained()]
-        if run is not None:
-            callbacks += [ConfigKeeper(run / "config.yaml", config), Watcher(watch)]
-            if asked["enable_checkpointing"] is not False:
-                first.append(LastCheckpoint(run, resume))
-                callbacks.append(BestCheckpoint(run))
-    return {
-        "precision": precision,
+    asked = vars(settings.trainer)
+    run = None if folder is None else folder.path
+    content, command.start.content = command.start.content, {}
+    shows_bar = asked["enable_progress_bar"] is not False and command.subcommand != "predict"
+    is_resumed = folder is not None and not folder.is_new
+    ours = {
+        "precision": resolve_precision_of(asked),
         "default_root_dir": run or asked["default_root_dir"],
-        "logger": _loggers(asked["logger"], run, first_step),
-        "plugins": _plugins(asked["plugins"], content),
-        "callbacks": first + callbacks,
+        "logger": _loggers(asked["logger"], run, command.start.steps or 0 if is_resumed else None),
+        "plugins": _plugins(asked["plugins"], content if command.ckpt_path else None),
+        "callbacks": _callbacks(command, settings, run, shows_bar),
         "enable_progress_bar": shows_bar,
     }
+    try:
+        return Trainer(**{**asked, **ours})
+    except (ValueError, TypeError, RuntimeError, ModuleNotFoundError, MisconfigurationException) as error:
+        raise InputError(f"the Trainer refuses its settings: {error}") from error
+
+
+def _callbacks(command: Command, settings: Namespace, run: Path | None, shows_bar: bool) -> list[Callback]:
+    """The user's callbacks and ours, in the order in which they must act."""
+    first: list[Callback] = []
+    others: list[Callback] = [*(settings.trainer.callbacks or []), KnownLimits()]
+    if shows_bar and not any(isinstance(callback, LightningProgressBar) for callback in others):
+        first.append(ProgressBar())  # to end its line before anything is said
+    if command.subcommand == "fit":
+        resume = ExactResume()
+        first.append(resume)
+        others += [StepMonitor(), SelfContained()]
+        if run is not None:
+            others += [ConfigKeeper(run / "config.yaml", command.text()), Watcher(settings.watch)]
+            if settings.trainer.enable_checkpointing is not False:
+                first.append(LastCheckpoint(run, resume))
+                others.append(BestCheckpoint(run))
+    return first + others
 
 
 def _plugins(asked: Any, content: dict[str, Any] | None) -> list[Any]:
