@@ -350,6 +350,30 @@ def test_a_callback_and_a_logger_of_the_users_join_the_projects(slm: Run, workdi
         (["--trainer.val_check_interval={seconds: -1}"], "trainer.val_check_interval={'seconds': -1} must be longer"),
         (["--trainer.max_time={hours: -1}"], "trainer.max_time={'hours': -1} must be longer than no time"),
         (["--trainer.max_time={foo: 1}"], "trainer.max_time={'foo': 1} is no length of time"),
+        (
+            ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=3"],
+            "trainer.val_check_interval=3 batches (of 36 in an epoch) falls inside a step of accumulate_grad_batches=2",
+        ),
+        (
+            [
+                "--trainer.accumulate_grad_batches=5",
+                "--trainer.val_check_interval=10",
+                "--trainer.check_val_every_n_epoch=null",
+            ],
+            "falls inside a step of accumulate_grad_batches=5: give multiples of that",
+        ),
+        (
+            ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval={seconds: 9}"],
+            "trainer.val_check_interval={'seconds': 9} may fall inside a step of accumulate_grad_batches=2",
+        ),
+        (
+            [
+                "--config",
+                "{trainer: {callbacks: [{class_path: GradientAccumulationScheduler, "
+                "init_args: {scheduling: {0: 1, 1: 2}}}]}}",
+            ],
+            "GradientAccumulationScheduler changes how many batches make a step: use accumulate_grad_batches",
+        ),
         (["--trainer.strategy=ddp_fork"], "trainer.strategy=ddp_fork gives nothing back of what it trains: use ddp"),
         (["--trainer.logger", "-x"], "trainer.logger needs a value: one that begins with a dash is given as"),
         (["--config", EARLY], "mode"),

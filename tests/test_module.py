@@ -66,6 +66,13 @@ def test_validation_metrics_equal_a_direct_computation_with_an_uneven_last_batch
     )
 
 
+def test_what_was_evaluated_can_be_read_until_the_next_evaluation_begins() -> None:
+    model = small_model()
+    trainer = fit(model, small_data())
+    mean = (model.loss_sum.compute() / model.num_tokens.compute()).item()
+    assert mean == pytest.approx(trainer.callback_metrics["val/loss"].item(), rel=1e-6)
+
+
 def test_a_validation_loss_that_is_not_a_number_is_not_averaged_away() -> None:
     model = small_model()
     torch.nn.init.constant_(model.transformer.final_norm.weight, math.nan)

@@ -1,12 +1,14 @@
 """Runs that go on: which checkpoint, which folder, which settings; and models that are loaded back."""
 
 import errno
+import gc
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from jsonargparse import get_loader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import slm as package
-from slm.errors import InputError
+from slm.errors import InputError, NotWrittenError
+from slm.run import checkpoint as checkpoints
 from slm.run.checkpoint import newest_run, read_checkpoint, resolve_checkpoint
 
 Run = Callable[..., str]
@@ -146,16 +149,17 @@ def test_a_moved_run_keeps_its_best_score(slm: Run, trained: Path) -> None:
     assert Path("elsewhere/version_0/checkpoints/best.ckpt").read_bytes() == best
 
 
-def test_an_exception_leaves_a_last_checkpoint(slm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("out of luck"), NotWrittenError("elsewhere/my.ckpt: out of luck")])
+def test_an_exception_leaves_a_last_checkpoint(error: Exception, slm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     original = package.LanguageModel.training_step
 
     def fails_at_step_3(self: Any, batch: Any, batch_idx: int) -> Any:
         if self.global_step == 3:
-            raise RuntimeError("out of luck")
+            raise error
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr("slm.training.language_model.LanguageModel.training_step", fails_at_step_3)
-    with pytest.raises(RuntimeError, match="out of luck"):
+    with pytest.raises((RuntimeError, SystemExit)):
         slm(*SMALL, "--data.batch_size=8")
     assert steps() == 3
     assert not (RUN / "checkpoints/best.ckpt").exists()
@@ -225,8 +229,48 @@ def test_last_is_looked_for_where_the_runs_are(slm: Run, trained: Path) -> None:
     slm(*SMALL, "--trainer.max_epochs=1", "--trainer.default_root_dir=out")
     before = LAST.read_bytes()
     slm("--ckpt_path=last", "--trainer.default_root_dir=out", "--trainer.max_epochs=2")
-    assert torch.load("out/runs/version_0/checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
+    there = Path("out/runs/version_0/checkpoints/last.ckpt")
+    assert torch.load(there, weights_only=True)["epoch"] == 2
+    Path("there.yaml").write_text("trainer: {default_root_dir: out}\n")
+    slm("--config=there.yaml", "--ckpt_path=last", "--trainer.max_epochs=3")
+    assert torch.load(there, weights_only=True)["epoch"] == 3
     assert LAST.read_bytes() == before
+
+
+def test_a_checkpoint_is_read_once_and_not_kept_in_memory(
+    slm: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    whole = checkpoints.read_checkpoint
+
+    def counted(path: Path) -> dict[str, Any]:
+        read.append(path)
+        return whole(path)
+
+    class Content(dict[str, Any]):
+        """A dictionary of which it can be told when it is gone."""
+
+    alive: list[Any] = []
+
+    def watched(path: Path) -> Any:
+        content = Content(counted(path))
+        alive.append(weakref.ref(content))
+        return content
+
+    monkeypatch.setattr(checkpoints, "read_checkpoint", watched)
+    during: list[bool] = []
+    step = package.LanguageModel.training_step
+
+    def noting(self: Any, *batch: Any) -> Any:
+        gc.collect()
+        during.append(alive[0]() is None)
+        return step(self, *batch)
+
+    monkeypatch.setattr("slm.training.language_model.LanguageModel.training_step", noting)
+    slm("--ckpt_path=last", "--trainer.max_epochs=3")
+    assert [path.name for path in read] == ["last.ckpt", "best.ckpt"]
+    assert during
+    assert all(during)
 
 
 @pytest.mark.parametrize(("folder", "path"), [("checkpoints", "last.ckpt"), (".", "checkpoints/last.ckpt"), (".", ".")])

@@ -99,8 +99,9 @@ class TrainingParser:
         try:
             return self.parser.parse_args(list(flags))
         except ArgumentError as error:
-            self.parser.default_config_files = []  # it may be what is wrong
+            files, self.parser.default_config_files = self.parser.default_config_files, []  # they may be what is wrong
             known = dict.fromkeys(self.parser.get_defaults().keys(), "")
+            self.parser.default_config_files = files
             for data in (DummyData, TextData, TokenData):
                 known |= {f"data.{name}": data.__name__ for name in inspect.signature(data).parameters}
             raise InputError(explain_parser_error(str(error), known, argv)) from error
