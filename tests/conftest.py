@@ -1,5 +1,6 @@
 """What all tests share: one thread, so that results are the same bits on every machine of a kind, and small sizes."""
 
+import functools
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from slm.cli import main
+from slm.command.parser import TrainingParser
 from slm.data import DummyData, TextData, TokenData
 from slm.training.language_model import LanguageModel
 
@@ -36,6 +38,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Prepared texts stay out of the user's own folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def parsers() -> Iterator[None]:
+    """A parser is built once for each class of model, which takes longer than to use it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slm.command.settings.TrainingParser", functools.cache(TrainingParser))
         yield
 
 

@@ -438,6 +438,7 @@ def test_a_bad_yaml_is_one_line_with_the_key(refused: Run, workdir: Path, conten
 def test_a_missing_or_broken_default_config_is_an_error(
     content: str | None, message: str, workdir: Path, refused: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("slm.command.settings.TrainingParser", parser.TrainingParser)  # not one that is built already
     monkeypatch.setattr(parser, "__file__", str(workdir / "slm/command/parser.py"))
     if content is not None:
         (workdir / "configs").mkdir()

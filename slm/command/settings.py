@@ -16,7 +16,7 @@ from slm.data.text_data import NAMED_TOKENIZERS
 from slm.errors import InputError, check
 from slm.messages import say
 from slm.paths import expand_paths
-from slm.run.checkpoint import RUNS, WEIGHTS_NAME, newest_run, open_checkpoint, resolve_checkpoint
+from slm.run.checkpoint import RUNS, WEIGHTS_NAME, last_checkpoint, newest_run, open_checkpoint, resolve_checkpoint
 from slm.run.loading import check_applicable, class_path_of, import_model, is_ours, model_named_in
 from slm.run.slurm import requeued_run
 from slm.training.language_model import LanguageModel
@@ -136,44 +136,11 @@ def read_command(argv: Sequence[str]) -> Command:
             without checkpoint, a checkpoint that is missing, damaged or foreign or (`fit`) holds weights alone, other
             data than the run was trained on.
     """
-    for flag in argv:
-        is_utf8 = flag == flag.encode(errors="ignore").decode()
-        check(is_utf8, f"{os.fsencode(flag)!r} is not UTF-8: rename the file, or type it anew")
-    subcommand, flags = (argv[0], argv[1:]) if argv and argv[0] in SUBCOMMANDS else ("fit", argv)
-    asked, flags = _look_for(["--ckpt_path", "--init_from", "--model"], flags)
-    seen, _ = _look_for(["--config", "--model.class_path", "--trainer.default_root_dir"], flags)
-    files = [read_settings(config) for config in expand_paths(seen["config"], "config")]
-    for name in ("ckpt_path", "init_from"):
-        in_files = [content[name] for content in files if content.get(name) is not None]
-        check(name == "init_from" or not in_files, f"{name} stands in a file of settings: give it as --{name} instead")
-        if name == "init_from" and not asked["ckpt_path"] and subcommand == "fit":
-            asked[name] = asked[name] or in_files
-    roots = seen["trainer.default_root_dir"] or _found(files, "trainer", "default_root_dir")
-    runs = Path(expand_paths(roots[-1], "default_root_dir")) / RUNS if roots else RUNS
-
-    if subcommand == "fit" and (requeued := requeued_run(runs, argv)) is not None:
-        say(f"the job was requeued: it goes on in {requeued}")
-        asked["ckpt_path"], asked["init_from"] = [str(requeued / "checkpoints" / "last.ckpt")], []
-    classes = [name for name in asked["model"] if _is_class(name)] + seen["model.class_path"]
-    flags = [*(f"--model={value}" for value in asked["model"] if not _is_class(value)), *flags]
-    classes = classes or _found(files, "model", "class_path")
-    for name in classes[-1:]:
-        import_model(name)  # which lets a checkpoint be of that class
-    start = Start()
-    if asked["init_from"]:
-        init_from = asked["init_from"][-1]
-        other = "--ckpt_path goes on with one" if asked["ckpt_path"] else f"{subcommand} needs --ckpt_path"
-        is_alone = not asked["ckpt_path"] and subcommand == "fit"
-        check(is_alone, f"--init_from={init_from} begins a new run: leave it out, {other}")
-        start = _begin_with(init_from, runs)
-    elif asked["ckpt_path"]:
-        start = _go_on(asked["ckpt_path"][-1], subcommand == "fit", runs)
-    elif subcommand != "fit" and not set(HELP) & set(flags):
-        raise InputError(f"{subcommand} needs --ckpt_path: last, best, a run folder or a checkpoint file")
-
-    model_class = _model_class(classes[-1] if classes else None, start)
-    parser = TrainingParser(model_class, subcommand)
-    settings = expand_paths(parser.parse([*start.flags(), *flags], argv))
+    asked = _asked(argv)
+    start = _start(asked)
+    model_class = _model_class(asked.model, start)
+    parser = TrainingParser(model_class, asked.subcommand)
+    settings = expand_paths(parser.parse([*start.flags(), *asked.flags], argv))
     settings.model.class_path = class_path_of(model_class)
     for name in ("path", "val_path", "tokenizer"):  # absolute, since the run may go on from another folder
         value = settings.data.init_args.get(name)
@@ -181,22 +148,84 @@ def read_command(argv: Sequence[str]) -> Command:
             settings.data.init_args[name] = str(Path(value).absolute())
     seed = settings.seed_everything
     check(0 <= seed < 2**32, f"seed_everything={seed} must be at least 0 and below 2**32")
+
     is_other_data_meant = bool(settings.allow_changed_data)
-    if not start.is_new_run and start.path is not None and "data" not in start.settings:
-        named = _look_for(["--data", "--config"], flags)[0]
-        is_named = any(named.values())
-        check(
-            is_named, f"{start.path} does not say what data of ours it was trained on: name it with --data or --config"
-        )
     if start.is_new_run:
-        assert start.path is not None
-        settings.init_from = str(start.path.absolute())
-        _keep_shapes(settings, start, model_class, flags)
+        _keep_shapes(settings, start, model_class, asked.flags)
     elif start.settings:
         if start.content:
             check_applicable(start.content["hyper_parameters"], dict(settings.model), model_class)
-        is_other_data_meant = _say_what_changed(start, settings, subcommand == "fit")
-    return Command(subcommand, settings, start, model_class, is_other_data_meant, parser)
+        is_other_data_meant = _say_what_changed(start, settings, asked.subcommand == "fit")
+    return Command(asked.subcommand, settings, start, model_class, is_other_data_meant, parser)
+
+
+@dataclass
+class _Asked:
+    """What a command line asks for that must be known before the parser: where to start, and the class of the model.
+
+    Attributes:
+        flags: the rest of it.
+        files: the files of settings that it names, read.
+        runs: where run folders are looked for.
+    """
+
+    subcommand: str
+    flags: list[str]
+    files: list[dict[str, Any]]
+    ckpt_path: str | None
+    init_from: str | None
+    model: str | None
+    runs: Path
+
+
+def _asked(argv: Sequence[str]) -> _Asked:
+    for flag in argv:
+        is_utf8 = flag == flag.encode(errors="ignore").decode()
+        check(is_utf8, f"{os.fsencode(flag)!r} is not UTF-8: rename the file, or type it anew")
+    subcommand, flags = (argv[0], argv[1:]) if argv and argv[0] in SUBCOMMANDS else ("fit", argv)
+    given, left = _look_for(["--ckpt_path", "--init_from", "--model"], flags)
+    seen, _ = _look_for(["--config", "--model.class_path", "--trainer.default_root_dir"], left)
+    files = [read_settings(config) for config in expand_paths(seen["config"], "config")]
+    in_files = [content for content in files if content.get("ckpt_path") is not None]
+    check(not in_files, "ckpt_path stands in a file of settings: give it as --ckpt_path instead")
+    roots = seen["trainer.default_root_dir"] or _found(files, "trainer", "default_root_dir")
+    runs = Path(expand_paths(roots[-1], "default_root_dir")) / RUNS if roots else RUNS
+    models = [name for name in given["model"] if _is_class(name)] + seen["model.class_path"]
+    models = models or _found(files, "model", "class_path")
+    left = [*(f"--model={value}" for value in given["model"] if not _is_class(value)), *left]
+    ckpt_paths, init_from = given["ckpt_path"], given["init_from"]
+    if subcommand == "fit" and (requeued := requeued_run(runs, argv)) is not None:
+        say(f"the job was requeued: it goes on in {requeued}")
+        ckpt_paths, init_from = [str(last_checkpoint(requeued))], []
+    elif subcommand == "fit" and not ckpt_paths:
+        init_from = init_from or [content["init_from"] for content in files if content.get("init_from") is not None]
+    return _Asked(subcommand, left, files, _last(ckpt_paths), _last(init_from), _last(models), runs)
+
+
+def _last(values: Sequence[str]) -> str | None:
+    return values[-1] if values else None
+
+
+def _start(asked: _Asked) -> Start:
+    """Where the command starts; raises InputError as `read_command` does."""
+    if asked.model is not None:
+        import_model(asked.model)  # which lets a checkpoint be of that class
+    is_fitting = asked.subcommand == "fit"
+    if asked.init_from is not None:
+        others = "--ckpt_path goes on with one" if asked.ckpt_path else f"{asked.subcommand} needs --ckpt_path"
+        is_alone = is_fitting and asked.ckpt_path is None
+        check(is_alone, f"--init_from={asked.init_from} begins a new run: leave it out, {others}")
+        return _begin_with(asked.init_from, asked.runs)
+    if asked.ckpt_path is None:
+        is_fine = is_fitting or bool(set(HELP) & set(asked.flags))
+        check(is_fine, f"{asked.subcommand} needs --ckpt_path: last, best, a run folder or a checkpoint file")
+        return Start()
+    start = _go_on(asked.ckpt_path, is_fitting, asked.runs)
+    is_known = start.path is None or "data" in start.settings
+    is_named = any(_look_for(["--data", "--config"], asked.flags)[0].values())
+    remedy = "name it with --data or --config"
+    check(is_known or is_named, f"{start.path} does not say what data of ours it was trained on: {remedy}")
+    return start
 
 
 def flat(settings: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -303,6 +332,8 @@ def _begin_with(init_from: str, runs: Path) -> Start:
 
 def _keep_shapes(settings: Namespace, start: Start, model_class: type[LanguageModel], flags: Sequence[str]) -> None:
     """Give the model the options that the weights it begins with are tied to; raises InputError for another by flag."""
+    assert start.path is not None
+    settings.init_from = str(start.path.absolute())
     stored, defaults = start.content["hyper_parameters"], model_class.network_options()
     for name in sorted(model_class.tied_options()):
         has, asked = stored.get(name, defaults[name]), settings.model[name]
