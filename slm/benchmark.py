@@ -63,6 +63,7 @@ class Clock(Callback):
     """Times the command as it is, in rounds of steps; it never validates, and has no end but this one's."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.turns = Turns()  # before a progress bar can print
         plugin = trainer.precision_plugin
         several, devices = trainer.accumulate_grad_batches, trainer.world_size
         check(several == 1, f"trainer.accumulate_grad_batches={several}: the benchmark counts steps of one batch")
@@ -72,7 +73,6 @@ class Clock(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         device = trainer.strategy.root_device
-        self.turns = Turns()
         self.facts = {
             "precision": trainer.precision_plugin.precision,
             "device": device.type,
@@ -146,7 +146,7 @@ class Contestant:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.startswith("{"):  # what it was asked for instead, as by --help; or nothing, and it has said why
-            print(line, self.process.stdout.read(), sep="", end="")
+            print(line, self.process.communicate()[0], sep="", end="")
             if self._said is not None:
                 self._said.seek(0)
                 print(self._said.read().decode(errors="replace"), file=sys.stderr, end="")

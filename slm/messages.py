@@ -44,6 +44,7 @@ WARNINGS = {
     ],
     "lightning.pytorch.loops.training_epoch_loop": [
         "You're resuming from a checkpoint that ended before the epoch ended",  # the data goes on where it was
+        "ReduceLROnPlateau conditioned on metric val/loss which is not available",  # an epoch without validation
     ],
     "lightning.pytorch.callbacks.model_checkpoint": [
         "Checkpoint directory .* exists and is not empty",  # a resumed run's own
