@@ -19,6 +19,8 @@ COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | 
 SETUP = [line for line in COMMANDS if line.startswith("python3 -m venv")]
 TRAIN = [line for line in COMMANDS if line.startswith("python train.py")]
 OTHER = [line for line in COMMANDS if line not in SETUP + TRAIN]
+MY_MODEL, PYTHON_EXAMPLE = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+[ENTROPIES] = [line for line in OTHER if line.startswith("python -c ")]
 STRESS = "python -m tests.stress"
 BENCHMARK = "python -m slm.benchmark"
 RECIPE = f"{BENCHMARK} --config configs/small_text.yaml"
@@ -47,9 +49,31 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
     assert OTHER[1] == "tensorboard --logdir runs"
     run_in_order = [line for line in OTHER if module_of(line) is not None]
     assert len(run_in_order) >= 6
-    left = [line for line in OTHER[2:-1] if line not in run_in_order]
-    assert left == [STRESS, GENERATE_BENCHMARK, BENCHMARK, RECIPE, *SWEEPS]
-    assert OTHER[-1].startswith("python -c ")
+    left = [line for line in OTHER[2:] if line not in run_in_order]
+    assert left == [ENTROPIES, STRESS, GENERATE_BENCHMARK, BENCHMARK, RECIPE, *SWEEPS]
+
+
+def test_it_is_short_enough_to_be_read() -> None:
+    assert len(README.splitlines()) <= 400
+
+
+def test_the_files_and_sections_that_it_names_are_there() -> None:
+    files = re.findall(r"`((?:slm|tests|configs)/[\w./]*|\.ci/run|train\.py)`", README)
+    assert len(files) > 15
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    sections = {title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", README, re.M)}
+    links = re.findall(r"\]\(#(.+?)\)", README)
+    assert len(links) > 5
+    assert {*links} <= sections
+
+
+def test_the_evenings_reading_begins_at_the_command_and_ends_with_the_data() -> None:
+    rows = re.findall(r"^\| `([\w/.]+\.py)`.* \| .+\? \|$", README, re.M)
+    assert (rows[0], rows[-1]) == ("train.py", "slm/data/dummy.py")
+    wings = [name.split("/")[1] for name in rows[2:]]
+    assert set(wings) == {"model", "training", "data"}  # nothing about files, signals or pictures is met
+    names = {path.name for path in (ROOT / "slm/model").glob("[a-z]*.py")}
+    assert names <= {Path(name).name for name in rows}
 
 
 def test_the_ci_runs_the_very_set_up_lines() -> None:
@@ -58,8 +82,12 @@ def test_the_ci_runs_the_very_set_up_lines() -> None:
     assert [next(line for line in README.splitlines() if re.search(pattern, line)) for pattern in patterns] == SETUP
 
 
-def test_the_commands_run_one_after_another(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_run_one_after_another(
+    workdir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copy(ROOT / "README.md", workdir)
+    (workdir / "my_model.py").write_text(MY_MODEL)
+    monkeypatch.syspath_prepend(str(workdir))  # as Python does for the folder of `train.py`
     for name in ("configs", "slm"):
         (workdir / name).symlink_to(ROOT / name)
     first = SETUP[0].partition("train.py ")[2]
@@ -68,7 +96,9 @@ def test_the_commands_run_one_after_another(workdir: Path, capsys: pytest.Captur
         if (module := module_of(line)) is not None:
             capsys.readouterr()
             module.main(shlex.split(line, comments=True)[3:])
-            assert capsys.readouterr().out.startswith({generate: "The ", runs: "| run "}.get(module, ""))
+            printed = capsys.readouterr().out
+            assert printed.startswith({generate: "The ", runs: "| run "}.get(module, ""))
+            assert module is not runs or "model=MyModel" in printed
         if line not in TRAIN:
             continue
         argv = shlex.split(line, comments=True)[2:]
@@ -81,7 +111,7 @@ def test_the_commands_run_one_after_another(workdir: Path, capsys: pytest.Captur
         is_long = any(f"configs/{name}.yaml" in argv for name in RECIPES)
         shorter = [*SHORTER, *(["--trainer.max_steps=2", "--trainer.val_check_interval=1"] if is_long else [])]
         main([*argv, *([] if evaluates else shorter), *([] if resumes else SMALLER)])
-    assert {path.name for path in Path("runs").iterdir()} == {f"version_{number}" for number in range(11)}
+    assert {path.name for path in Path("runs").iterdir()} == {f"version_{number}" for number in range(12)}
     assert Path("exported/model.safetensors").is_file()
     tensorboard = shlex.split(OTHER[1])
     result = run_command("-m", "tensorboard.main", *tensorboard[1:], "--inspect", cwd=workdir)
@@ -90,9 +120,8 @@ def test_the_commands_run_one_after_another(workdir: Path, capsys: pytest.Captur
 
 def test_the_python_example_runs(slm: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     slm("--config", str(ROOT / "configs/text.yaml"), "--trainer.max_epochs=1", *SHORTER, *SMALLER)
-    [example] = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
     names: dict[str, package.LanguageModel] = {}
-    exec(example, names)
+    exec(PYTHON_EXAMPLE, names)
     assert capsys.readouterr().out.startswith("The ")
     assert not names["model"].training
 
@@ -109,8 +138,8 @@ def test_runs_are_stopped_and_resumed_with_the_same_bits_as_the_table_of_the_com
 
 
 def test_the_entropies_quoted_are_those_that_the_command_beside_them_prints(workdir: Path) -> None:
-    printed = run_command(*shlex.split(OTHER[-1])[1:], cwd=workdir).stdout.split()
-    [quoted] = re.findall(r"allows a loss of ([\d.]+), the last two ([\d.]+)", README.replace("\n", " "))
+    printed = run_command(*shlex.split(ENTROPIES)[1:], cwd=workdir).stdout.split()
+    [quoted] = re.findall(r"allows a loss of ([\d.]+), the last two ([\d.]+)", " ".join(README.split()))
     assert [f"{float(value):.2f}" for value in printed] == list(quoted)
 
 
