@@ -3,9 +3,10 @@
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ from torch import Tensor
 
 from slm.cli import main
 from slm.command.parser import TrainingParser
+from slm.command.settings import read_command
+from slm.command.trainer import check_trainer, new_trainer
 from slm.data import DummyData, TextData, TokenData
+from slm.errors import InputError
 from slm.training.language_model import LanguageModel
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"vocab_size": 20, "embed_dim": 16, "num_heads": 2, "num_layers": 1, "hidden_dim": 32, "max_seq_len": 16}
 SMALL_FLAGS = [f"--model.{name}={size}" for name, size in SMALL.items()] + ["--data.num_tokens=2000"]
+UNSHOWN = [f"--watch.{part}=false" for part in ("samples", "attention", "embedding", "loss_figure")]
+"""Nothing is drawn beside the curves, which takes as long as a small run itself."""
 
 RHYME = "one two three four five six seven. "
 
@@ -75,6 +81,24 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that `trained` copies."""
+    folder = tmp_path_factory.mktemp("shared_run")
+    flags = ["--trainer.max_epochs=2", "--data.seed=3", "--trainer.precision=32-true", "--trainer.log_every_n_steps=1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main([*SMALL_FLAGS, *UNSHOWN, "--trainer.enable_progress_bar=false", *flags])
+    return folder / "runs"
+
+
+@pytest.fixture
+def trained(shared_run: Path, workdir: Path) -> Path:
+    """A run of two epochs with settings of its own, in runs/version_0: as good as one trained there, and sooner."""
+    shutil.copytree(shared_run, workdir / "runs")
+    return Path("runs/version_0")
+
+
 @pytest.fixture
 def slm(workdir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs the command line in this process, in an empty directory; returns all that it prints."""
@@ -105,6 +129,23 @@ def refused(workdir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
         return lines[0]
 
     return run
+
+
+def refusal(*argv: str) -> str:
+    """The message with which a command is refused before anything is trained or written."""
+    with pytest.raises(InputError) as error_info:
+        prepare(argv)
+    return str(error_info.value)
+
+
+def prepare(argv: Sequence[str]) -> None:
+    """What `slm.cli.train` does before a run has a folder, with the Trainer made."""
+    command = read_command(argv)
+    data = command.new_data(command.new_model())
+    settings = command.instantiate()
+    check_trainer(vars(settings.trainer))
+    data.setup()
+    new_trainer(command, settings, None)
 
 
 def small_model(**changes: Any) -> LanguageModel:

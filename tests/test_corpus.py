@@ -386,6 +386,7 @@ def start(path: Path, go_on: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_what_a_kill_leaves_is_no_prepared_file_and_is_removed_by_the_next(cache: Path, tmp_path: Path) -> None:
     path, other = write(tmp_path / "text.txt", "the text"), write(tmp_path / "other.txt", "another text")
     process = start(path, tmp_path / "never")
@@ -399,6 +400,7 @@ def test_what_a_kill_leaves_is_no_prepared_file_and_is_removed_by_the_next(cache
     assert bytes(read(path)) == b"the text\xff"
 
 
+@pytest.mark.slow
 def test_of_two_processes_at_once_the_second_waits_and_reads_what_the_first_made(cache: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "text.txt", "the text")
     first = start(path, tmp_path / "go on")

@@ -86,6 +86,7 @@ def test_the_workers_end_with_the_data() -> None:
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_a_worker_leaves_signals_to_the_training_process(tmp_path: Path) -> None:
     code = (
         "import os, signal\n"

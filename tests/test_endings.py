@@ -111,6 +111,7 @@ def wait(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_signals_that_come_while_it_saves_leave_a_sound_checkpoint(tmp_path: Path) -> None:
     process = start(tmp_path, *first_command(SETTINGS["30 MB"]), STRESS_SLOW_SAVES="1")
     wait(process, lambda: step_of(tmp_path) >= 8)
@@ -251,3 +252,16 @@ def test_a_run_stopped_before_its_first_step_leaves_nothing(
                 slm(*SMALL, "--data.val_fraction=0.5")
         assert exit_info.value.code == 128 + kind
         assert list((workdir / "runs").iterdir()) == [], hook
+
+
+def test_a_ctrl_c_whose_answer_cannot_be_shown_still_stops_the_run(
+    slm: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int, data: bytes) -> int:
+        raise OSError(5, "the terminal has gone")
+
+    signal_in(monkeypatch, "training_step", signal.SIGINT, step=2)
+    monkeypatch.setattr("slm.run.callbacks.os.write", fail)
+    with pytest.raises(SystemExit) as exit_info:
+        slm(*SMALL)
+    assert exit_info.value.code == 130

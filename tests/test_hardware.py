@@ -37,6 +37,7 @@ def test_native_bf16_is_what_the_processor_reports(unheld: None) -> None:
     assert has_native_bf16() == bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the variables are read on x86 alone")
 @pytest.mark.parametrize(
     "held",
@@ -89,6 +90,7 @@ def test_an_older_torch_is_asked_in_its_own_way(expected: bool, monkeypatch: pyt
     assert has_native_bf16() is expected
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
 @pytest.mark.parametrize("keeps", [True, False])
 def test_freed_memory_is_kept_for_the_next_tensor(keeps: bool) -> None:
@@ -112,6 +114,7 @@ def test_a_machine_without_a_compiler_is_told_so_in_one_line(refused: Callable[.
     assert "model.compile=True: no C++ compiler on this machine: install one" in line
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_a_compiled_network_trains_to_the_same_checkpoint(slm: Callable[..., str]) -> None:
     flags = [*SMALL_FLAGS, "--trainer.max_steps=2", "--trainer.max_epochs=-1", "--trainer.precision=32-true"]
@@ -127,6 +130,7 @@ def test_a_compiled_network_trains_to_the_same_checkpoint(slm: Callable[..., str
         torch.testing.assert_close(weights, compiled[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_code_that_was_compiled_for_shorter_vectors_is_not_run_with_longer_ones(tmp_path: Path) -> None:
     code = (

@@ -82,6 +82,13 @@ def test_the_ci_runs_the_very_set_up_lines() -> None:
     assert [next(line for line in README.splitlines() if re.search(pattern, line)) for pattern in patterns] == SETUP
 
 
+def test_the_ci_runs_the_slow_tests_too_in_the_way_that_the_readme_tells() -> None:
+    [flags] = re.findall(r'^eval "\$tests (.+)"$', (ROOT / ".ci/run").read_text(), re.M)
+    assert shlex.split(flags.replace('\\"', '"')) == ["-m", "slow or not slow"]
+    assert '`-m "slow or not slow"`' in README
+
+
+@pytest.mark.slow
 def test_the_commands_run_one_after_another(
     workdir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +125,7 @@ def test_the_commands_run_one_after_another(
     assert "train/loss" in result.stdout or "val/loss" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_the_python_example_runs(slm: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     slm("--config", str(ROOT / "configs/text.yaml"), "--trainer.max_epochs=1", *SHORTER, *SMALLER)
     names: dict[str, package.LanguageModel] = {}
@@ -126,6 +134,7 @@ def test_the_python_example_runs(slm: Callable[..., str], capsys: pytest.Capture
     assert not names["model"].training
 
 
+@pytest.mark.slow
 def test_runs_are_stopped_and_resumed_with_the_same_bits_as_the_table_of_the_command_shows() -> None:
     result = run_command(*shlex.split(STRESS)[1:], "--trials", "3", cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -137,12 +146,14 @@ def test_runs_are_stopped_and_resumed_with_the_same_bits_as_the_table_of_the_com
     assert {name for name, *_ in rows} <= {name for name, *_ in stated}
 
 
+@pytest.mark.slow
 def test_the_entropies_quoted_are_those_that_the_command_beside_them_prints(workdir: Path) -> None:
     printed = run_command(*shlex.split(ENTROPIES)[1:], cwd=workdir).stdout.split()
     [quoted] = re.findall(r"allows a loss of ([\d.]+), the last two ([\d.]+)", " ".join(README.split()))
     assert [f"{float(value):.2f}" for value in printed] == list(quoted)
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_with_its_bare_loop_and_the_teaching_script(workdir: Path) -> None:
     tiny = ["--model.vocab_size=64", "--data.num_tokens=20000", *SMALLER]
     result = run_command(*shlex.split(BENCHMARK)[1:], *tiny, cwd=workdir)
@@ -156,6 +167,7 @@ def test_the_benchmark_compares_with_its_bare_loop_and_the_teaching_script(workd
     assert list(workdir.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_benchmark_takes_a_recipe_and_measures_its_optimizer(workdir: Path) -> None:
     (workdir / "configs").symlink_to(ROOT / "configs")
     result = run_command(*shlex.split(RECIPE)[1:], *SMALLER, cwd=workdir)
@@ -166,6 +178,7 @@ def test_the_benchmark_takes_a_recipe_and_measures_its_optimizer(workdir: Path) 
     assert [path.name for path in workdir.iterdir()] == ["configs"]
 
 
+@pytest.mark.slow
 def test_the_speed_of_writing_is_measured_beside_hugging_face(workdir: Path) -> None:
     flags = ["--contexts=[16]", "--batch_sizes=[1,2]", "--rounds=1"]
     result = run_command(*shlex.split(GENERATE_BENCHMARK)[1:], *flags, cwd=workdir)
@@ -175,6 +188,7 @@ def test_the_speed_of_writing_is_measured_beside_hugging_face(workdir: Path) -> 
     assert len(re.findall(figures, README, re.M)) >= 4
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_the_command_at_each_value(workdir: Path) -> None:
     swept = [shlex.split(line)[4] for line in SWEEPS]
     assert swept == ["model.vocab_size", "model.max_seq_len", "model.embed_dim", "model.num_layers"]
@@ -185,6 +199,7 @@ def test_a_sweep_measures_the_command_at_each_value(workdir: Path) -> None:
     assert re.findall(r"^\| (\d+) \| \d+ \| [\d.]+ \| \d+% \| [\d.]+ GB \|$", result.stdout, re.M) == ["64", "128"]
 
 
+@pytest.mark.slow
 def test_the_defaults_in_the_table_are_those_in_force() -> None:
     result = run_command(str(ROOT / "train.py"), "--print_config", cwd=ROOT)
     stated = {}

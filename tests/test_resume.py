@@ -165,6 +165,7 @@ def test_an_exception_leaves_a_last_checkpoint(error: Exception, slm: Run, monke
     assert not (RUN / "checkpoints/best.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_a_validation_within_an_epoch_goes_on_from_there(workdir: Path) -> None:
     code = (
         "import os, sys\n"
@@ -635,6 +636,7 @@ def test_a_signal_before_the_first_step_leaves_no_run(slm: Run, monkeypatch: pyt
         assert list(Path("runs").iterdir()) == [], place
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_trains_is_left_alone(trained: Path, refused: Run) -> None:
     code = "import time; from pathlib import Path; from slm.run.folder import hold; held = hold(Path())"
     command = [sys.executable, "-c", f"{code}; print(1, flush=True); time.sleep(100)"]

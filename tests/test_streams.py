@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from slm.run.checkpoint import read_checkpoint
 TRAIN = [str(ROOT / "train.py"), *SMALL_FLAGS, "--data.batch_size=8"]
 LAST = Path("runs/version_0/checkpoints/last.ckpt")
 FULL = Path("/dev/full")
+pytestmark = pytest.mark.slow
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="the system has no disk that is always full")
 
 
@@ -162,18 +162,3 @@ def test_a_terminal_that_is_closed_stops_a_run_unless_it_ignores_that(
     kept = read_checkpoint(tmp_path / LAST)
     assert kept["global_step"] > 0
     assert (kept["epoch"] == 3) == (status == 0)
-
-
-def test_a_ctrl_c_whose_answer_cannot_be_shown_still_stops_the_run(
-    slm: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from test_endings import signal_in
-
-    def fail(descriptor: int, data: bytes) -> int:
-        raise OSError(5, "the terminal has gone")
-
-    signal_in(monkeypatch, "training_step", signal.SIGINT, step=2)
-    monkeypatch.setattr("slm.run.callbacks.os.write", fail)
-    with pytest.raises(SystemExit) as exit_info:
-        slm(*SMALL_FLAGS, "--data.batch_size=8")
-    assert exit_info.value.code == 130

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_FLAGS, fit, small_data, small_model
+from conftest import ROOT, SMALL_FLAGS, UNSHOWN, fit, small_data, small_model
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
@@ -31,7 +31,6 @@ Run = Callable[..., str]
 RUN = Path("runs/version_0")
 FLAGS = [*SMALL_FLAGS, "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false"]
 TEXT = ["--config", str(ROOT / "configs/text.yaml"), "--model.vocab_size=256"]
-OFF = [f"--watch.{name}=false" for name in ("samples", "attention", "embedding", "loss_figure")]
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ def test_the_embedding_is_that_of_the_tokens_held_out(slm: Run) -> None:
 def test_each_can_be_switched_off_and_changes_nothing_in_the_run(slm: Run, unhurried: None) -> None:
     slm(*FLAGS)
     assert len(shown().Images("attention/layer_1")) == 2
-    output = slm(*FLAGS, *OFF)
+    output = slm(*FLAGS, *UNSHOWN)
     other = Path("runs/version_1")
     events = shown(other)
     assert events.Tags()["images"] == []
