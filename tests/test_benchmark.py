@@ -1,6 +1,7 @@
 """What the benchmark counts; that it runs is shown by the README's test."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,9 @@ def test_the_operations_of_an_optimizer_are_those_that_torch_counts(optimizer: s
     assert (matmul_flops(built) > 0) == has_products
 
 
+runs_a_process = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -57,9 +61,11 @@ def test_the_operations_of_an_optimizer_are_those_that_torch_counts(optimizer: s
         (["--ckpt_path=last"], "leave out --ckpt_path"),
         (["--sweep", "model.embed_dim"], "--sweep model.embed_dim: give a flag and its values"),
         (["--model.embed_dim", "32", "--sweep", "model.vocab_size", "9"], "--sweep comes first"),
-        (["--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2: the benchmark counts"),
-        (["--trainer.precision=bf16-true"], "trainer.precision=bf16-true: the other loops know"),
-        (["--model.embed_dim", "130"], "embed_dim=130 is not divisible by num_heads=4"),
+        runs_a_process(
+            ["--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2: the benchmark counts"
+        ),
+        runs_a_process(["--trainer.precision=bf16-true"], "trainer.precision=bf16-true: the other loops know"),
+        runs_a_process(["--model.embed_dim", "130"], "embed_dim=130 is not divisible by num_heads=4"),
     ],
     ids=["subcommand", "checkpoint", "checkpoint by =", "values", "order", "accumulation", "precision", "flag"],
 )
@@ -76,6 +82,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_what_its_flags_print_instead_is_printed(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(["--model.embed_dim=48", "--print_config"])

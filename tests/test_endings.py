@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import stress
 import torch
-from conftest import SMALL_FLAGS
+from conftest import SMALL_FLAGS, UNSHOWN
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from stress import LAST, SETTINGS, default_signals, finish, first_command, start, step_of
 
@@ -129,7 +129,7 @@ def test_signals_that_come_while_it_saves_leave_a_sound_checkpoint(tmp_path: Pat
     assert stress.leftovers(tmp_path) == []
 
 
-SMALL = [*SMALL_FLAGS, "--trainer.enable_progress_bar=false", "--data.batch_size=8"]
+SMALL = [*SMALL_FLAGS, *UNSHOWN, "--trainer.enable_progress_bar=false", "--data.batch_size=8"]
 
 
 def signal_in(monkeypatch: pytest.MonkeyPatch, hook: str, kind: signal.Signals, step: int) -> None:

@@ -131,7 +131,9 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    "settings", [pytest.param(name, marks=[] if name == "epochs" else [pytest.mark.slow]) for name in SETTINGS]
+)
 def test_a_run_stopped_in_any_hook_ends_with_the_same_bits_and_curves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str
 ) -> None:
@@ -171,6 +173,7 @@ def test_each_part_of_the_position_is_needed(tmp_path: Path, monkeypatch: pytest
     assert any("state_dict" in difference for difference in compare(folder, reference))
 
 
+@pytest.mark.slow
 def test_no_checkpoint_falls_inside_an_accumulation_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run(tmp_path / "run", monkeypatch, "partial windows", [("on_after_backward", 7)])
     assert compare(folder, run(tmp_path / "reference", monkeypatch, "partial windows", [])) == []

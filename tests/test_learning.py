@@ -63,6 +63,7 @@ def markov() -> DummyData:
     return data
 
 
+@pytest.mark.slow
 def test_on_a_markov_source_it_comes_near_the_entropy_rate_and_never_below_the_oracle(markov: DummyData) -> None:
     loss, oracle = train(markov), oracle_loss(markov)
     assert loss < markov.source.entropy_rate + 0.05

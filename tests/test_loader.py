@@ -34,6 +34,7 @@ def test_the_order_is_the_same_on_every_machine() -> None:
     assert shuffled(torch.arange(3), 10**10, 7, 2).tolist() == [6498964835, 7644918203, 5316639668]
 
 
+@pytest.mark.slow
 def test_every_order_of_four_windows_is_equally_likely() -> None:
     seen = Counter(tuple(order(4, epoch=epoch)) for epoch in range(480))
     expected = 480 / 24

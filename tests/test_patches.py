@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, UNSHOWN
 from patches import ExpertsModel, RotaryModel, ZLossModel
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from slm.training.optimizers import build_optimizer
 
 Run = Callable[..., str]
 SIZES = [f"--model.{name}={size}" for name, size in SMALL.items()]
-COMMON = [*SIZES, "--model.dropout=0.1", "--trainer.enable_progress_bar=false", "--trainer.precision=32-true"]
+COMMON = [*SIZES, *UNSHOWN, "--model.dropout=0.1", "--trainer.enable_progress_bar=false", "--trainer.precision=32-true"]
 DUMMY = ["--data.num_tokens=2000", "--data.batch_size=8"]
 PATCHES = {
     "rotary positions": ["--model", "patches.RotaryModel", "--model.rope_theta=500", *DUMMY],

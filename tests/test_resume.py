@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL_FLAGS, run_command
+from conftest import SMALL_FLAGS, UNSHOWN, run_command
 from jsonargparse import get_loader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -27,14 +27,7 @@ from slm.run.checkpoint import newest_run, read_checkpoint, resolve_checkpoint
 Run = Callable[..., str]
 RUN = Path("runs/version_0")
 LAST = RUN / "checkpoints/last.ckpt"
-SMALL = [*SMALL_FLAGS, "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
-
-
-@pytest.fixture
-def trained(slm: Run) -> Path:
-    """A run of two epochs with settings of its own, in runs/version_0."""
-    slm(*SMALL, "--trainer.max_epochs=2", "--data.seed=3", "--trainer.precision=32-true")
-    return RUN
+SMALL = [*SMALL_FLAGS, *UNSHOWN, "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
 
 
 def config() -> dict[str, Any]:
@@ -207,6 +200,7 @@ def test_text_is_found_again_from_another_folder(slm: Run, workdir: Path, monkey
     assert read_checkpoint(workdir / LAST)["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_after_max_time_the_report_offers_more_time(slm: Run) -> None:
     output = slm(*SMALL, "--trainer.max_epochs=100000", "--trainer.max_time=00:00:00:01")
     flags = re.search(r"^go longer .*--ckpt_path \S+ (--trainer.max_time \S+)$", output, re.M)[1]  # type: ignore[index]
@@ -215,7 +209,9 @@ def test_after_max_time_the_report_offers_more_time(slm: Run) -> None:
     assert steps() > done
 
 
-@pytest.mark.parametrize("stops", [[20], [20, 30], [55], [56, 60], [28, 56]])
+@pytest.mark.parametrize(
+    "stops", [[20], *(pytest.param(stops, marks=pytest.mark.slow) for stops in ([20, 30], [55], [56, 60])), [28, 56]]
+)
 def test_an_epoch_that_max_steps_cut_short_is_finished_and_not_counted(slm: Run, stops: list[int]) -> None:
     flags = [*SMALL, "--data.batch_size=4", "--trainer.max_epochs=3"]
     for stop in stops:
@@ -305,7 +301,7 @@ def test_validate_and_test_measure_every_held_out_window_of_the_best_checkpoint(
 
 
 def test_an_evaluation_equals_the_closing_report_and_leaves_the_run_as_it_was(slm: Run) -> None:
-    report = slm(*SMALL, "--trainer.max_epochs=2")
+    report = slm(*(flag for flag in SMALL if flag not in UNSHOWN), "--trainer.max_epochs=2")
     before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
     for checkpoint in ("best", "runs/version_0/simple_language_model.pt"):
         loss = table(slm("validate", f"--ckpt_path={checkpoint}"), "val/loss")

@@ -5,13 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import RHYME, ROOT, SMALL_FLAGS
+from conftest import RHYME, ROOT, SMALL_FLAGS, UNSHOWN
 
 from slm.runs import duration, main, read_run
 from slm.watch.tensorboard import read_curves, seconds_drawn
 
 Run = Callable[..., str]
-FLAGS = [*SMALL_FLAGS, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"]
+FLAGS = [
+    *SMALL_FLAGS,
+    *UNSHOWN,
+    "--trainer.max_epochs=1",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+]
 
 
 def rows(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, str]]:
