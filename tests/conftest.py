@@ -1,6 +1,7 @@
 """What all tests share: one thread, so that results are the same bits on every machine of a kind, and small sizes."""
 
 import functools
+import gc
 import os
 import re
 import shutil
@@ -39,6 +40,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any machine")
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays; a collection of garbage that looks through all of it takes longer than a small test."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Prepared texts stay out of the user's own folder."""
@@ -63,7 +70,7 @@ def rhyming(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = TextData(256, 16, path=str(folder / "rhyme.txt"), batch_size=8)
     sizes = {"vocab_size": 256, "embed_dim": 64, "num_heads": 4, "hidden_dim": 128}
     model = small_model(**sizes, learning_rate=3e-3, schedule="cosine")
-    fit(model, data, max_epochs=15, limit_val_batches=0)
+    fit(model, data, max_epochs=10, limit_val_batches=0)
     letters = torch.tensor(list((RHYME * 2).encode())).unfold(0, 17, 1)[: len(RHYME)]  # begun at each of its letters
     with torch.no_grad():
         probabilities = model(letters[:, :-1]).softmax(-1).gather(-1, letters[:, 1:, None])[..., 0]

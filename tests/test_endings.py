@@ -74,9 +74,8 @@ def test_what_stopped_a_run_is_said_with_the_way_to_go_on(capsys: pytest.Capture
 
 
 def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(
-    slm: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    slm: Callable[..., str], trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slm(*SMALL_FLAGS, "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false")
     before = LAST.read_bytes()
     original = torch.load
 
@@ -86,7 +85,7 @@ def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(
 
     monkeypatch.setattr("torch.load", signalled)
     with pytest.raises(SystemExit) as exit_info:
-        slm("--ckpt_path=last", "--trainer.max_epochs=2")
+        slm("--ckpt_path=last", "--trainer.max_epochs=3")
     assert exit_info.value.code == 128 + signal.SIGTERM
     assert LAST.read_bytes() == before
 

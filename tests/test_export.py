@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_FLAGS, likeliest, small_model
+from conftest import ROOT, SMALL_FLAGS, UNSHOWN, likeliest, small_model
 
 from slm.data.tokenizer import ByteTokenizer, train_bpe
 from slm.export import main
@@ -160,7 +160,14 @@ def test_a_gpt2_of_others_computes_the_same_here_and_can_be_trained_further(slm:
     torch.testing.assert_close(load("gpt2.pt")(tokens), theirs(tokens).logits)
     assert load("gpt2.pt").hparams["hidden_dim"] == 64
     rate = "--model.learning_rate=1e-30"
-    slm("--init_from=gpt2.pt", "--data.num_tokens=2000", "--trainer.max_epochs=1", rate, "--model.min_learning_rate=0")
+    slm(
+        "--init_from=gpt2.pt",
+        *UNSHOWN,
+        "--data.num_tokens=2000",
+        "--trainer.max_epochs=1",
+        rate,
+        "--model.min_learning_rate=0",
+    )
     kept = torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)
     assert kept["hyper_parameters"]["embed_dim"] == 16
     begun = load("gpt2.pt").transformer.state_dict()
@@ -168,7 +175,7 @@ def test_a_gpt2_of_others_computes_the_same_here_and_can_be_trained_further(slm:
         torch.testing.assert_close(kept["state_dict"][f"transformer.{name}"], value, atol=1e-6, rtol=0)
     assert f"init_from: {Path('gpt2.pt').absolute()}" in Path("runs/version_0/config.yaml").read_text()
     Path("again.yaml").write_text("init_from: gpt2.pt\ndata: {init_args: {num_tokens: 2000}}")
-    slm("--config=again.yaml", "--trainer.max_epochs=1", rate, "--model.min_learning_rate=0")
+    slm("--config=again.yaml", *UNSHOWN, "--trainer.max_epochs=1", rate, "--model.min_learning_rate=0")
     again = torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, again[name]) for name, value in kept["state_dict"].items())
     slm("--config=runs/version_1/config.yaml")
@@ -179,7 +186,7 @@ def test_a_gpt2_of_others_computes_the_same_here_and_can_be_trained_further(slm:
 def test_a_run_begins_with_the_tokenizer_of_the_file(slm: Run) -> None:
     save("model.pt", dumped("bpe"), vocab_size=300)
     Path("text.txt").write_text(README[:4000])
-    output = slm("--init_from=model.pt", "--data.path=text.txt", "--trainer.max_epochs=1")
+    output = slm("--init_from=model.pt", *UNSHOWN, "--data.path=text.txt", "--trainer.max_epochs=1")
     assert "text.txt: 1 document" in output
     assert torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)["tokenizer"] == dumped("bpe")
 
@@ -187,7 +194,7 @@ def test_a_run_begins_with_the_tokenizer_of_the_file(slm: Run) -> None:
 def test_a_run_that_was_killed_before_it_saved_begins_with_the_file_again(slm: Run) -> None:
     save("model.pt", "bytes", vocab_size=256)
     Path("text.txt").write_text(README[:4000])
-    flags = ["--init_from=model.pt", "--data.path=text.txt", "--trainer.max_epochs=1"]
+    flags = ["--init_from=model.pt", *UNSHOWN, "--data.path=text.txt", "--trainer.max_epochs=1"]
     slm(*flags)
     shutil.copytree("runs/version_0", "runs/version_1")
     shutil.rmtree("runs/version_1/checkpoints")
@@ -216,15 +223,17 @@ def test_what_does_not_fit_the_file_is_refused(
 def test_shapes_in_a_configuration_give_way_and_that_is_said(slm: Run) -> None:
     save("model.pt", None)
     Path("model.yaml").write_text("model: {embed_dim: 64, learning_rate: 0.01}")
-    output = slm("--init_from=model.pt", "--config=model.yaml", "--data.num_tokens=2000", "--trainer.max_steps=1")
+    output = slm(
+        "--init_from=model.pt", *UNSHOWN, "--config=model.yaml", "--data.num_tokens=2000", "--trainer.max_steps=1"
+    )
     assert "model.embed_dim is 16, which the weights in model.pt have, and not 64" in output
     assert torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)["hyper_parameters"]["embed_dim"] == 16
 
 
 def test_the_newest_run_to_begin_with_is_one_that_has_a_checkpoint(slm: Run) -> None:
-    slm(*SMALL_FLAGS, "--trainer.max_epochs=1")
+    slm(*SMALL_FLAGS, *UNSHOWN, "--trainer.max_epochs=1")
     Path("runs/version_1").mkdir()
-    output = slm("--init_from=best", "--data.num_tokens=2000", "--trainer.max_epochs=1")
+    output = slm("--init_from=best", *UNSHOWN, "--data.num_tokens=2000", "--trainer.max_epochs=1")
     assert "begins with the weights of runs/version_0/checkpoints/best.ckpt" in output
     assert "runs/version_0/checkpoints/best.ckpt" in Path("runs/version_2/config.yaml").read_text()
 
@@ -243,7 +252,7 @@ def test_the_card_has_the_figures_of_the_run_and_no_folder_of_its_machine(slm: R
     Path("text.txt").write_text(README[:4000])
     small = [flag for flag in SMALL_FLAGS if "num_tokens" not in flag and "vocab_size" not in flag]
     flags = ["--data=TextData", "--data.path=text.txt", "--model.vocab_size=256", "--trainer.max_epochs=2"]
-    output = slm(*small, *flags)
+    output = slm(*small, *UNSHOWN, *flags)
     loss = next(line.split()[1] for line in output.splitlines() if line.startswith("val/loss"))
     main(["--ckpt_path=best", "--output=out"])
     card = Path("out/README.md").read_text()

@@ -1,6 +1,5 @@
 import math
 import sys
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +12,12 @@ from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slm.cli import main
 from slm.data import DummyData
 from slm.run.resume import ExactResume
 from slm.watch import monitor
 from slm.watch.monitor import KnownLimits, ProgressBar, StepMonitor
 
-Run = Callable[..., str]
 RUN = Path("runs/version_0")
 
 
@@ -150,10 +149,13 @@ def test_the_bar_shows_the_last_logged_loss_wherever_an_epoch_ends() -> None:
     assert len({ours for ours, _ in shown.losses}) >= 4
 
 
-@pytest.fixture
-def curves(slm: Run) -> EventAccumulator:
-    slm(*SMALL_FLAGS, "--data.batch_size=4", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false")
-    return EventAccumulator(str(RUN)).Reload()
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
+    flags = ["--data.batch_size=4", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("curves"))
+        main([*SMALL_FLAGS, *flags])
+        return EventAccumulator(str(RUN)).Reload()
 
 
 def test_a_run_of_a_few_dozen_steps_has_every_curve(curves: EventAccumulator) -> None:

@@ -9,14 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_FLAGS
+from conftest import SMALL_FLAGS, UNSHOWN
 from test_endings import signal_in
 
 from slm.cli import main
 from slm.run.checkpoint import read_checkpoint
 
 Run = Callable[..., str]
-SMALL = [*SMALL_FLAGS, "--trainer.enable_progress_bar=false", "--data.batch_size=8", "--trainer.accelerator=cpu"]
+SMALL = [
+    *SMALL_FLAGS,
+    *UNSHOWN,
+    "--trainer.enable_progress_bar=false",
+    "--data.batch_size=8",
+    "--trainer.accelerator=cpu",
+]
 RUNS = Path("runs")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import fit, small_model
+from conftest import UNSHOWN, fit, small_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +25,7 @@ Run = Callable[..., str]
 RUN = Path("runs/version_0")
 WORDS = "the cat sat on the mat and the dog ran after the cat to the mat. "
 SMALL = ["--model.embed_dim=16", "--model.hidden_dim=32", "--model.num_layers=1", "--model.max_seq_len=16"]
-QUIET = ["--trainer.enable_progress_bar=false", "--trainer.max_epochs=1", "--data.batch_size=4"]
+QUIET = [*UNSHOWN, "--trainer.enable_progress_bar=false", "--trainer.max_epochs=1", "--data.batch_size=4"]
 BPE = ["--data=TextData", "--data.tokenizer=bpe", "--model.vocab_size=270", "--data.path=mine.txt", *SMALL, *QUIET]
 
 
