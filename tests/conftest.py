@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,12 @@ def prepare(argv: Sequence[str]) -> None:
     check_trainer(vars(settings.trainer))
     data.setup()
     new_trainer(command, settings, None)
+
+
+def slow_after_first(values: Iterable[Any]) -> list[Any]:
+    """The values of a test's parameters, of which all but the first are tried among the slow tests."""
+    sets = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*value, marks=[pytest.mark.slow] if number else []) for number, value in enumerate(sets)]
 
 
 def small_model(**changes: Any) -> LanguageModel:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_FLAGS, UNSHOWN, refusal, run_command
+from conftest import ROOT, SMALL_FLAGS, UNSHOWN, refusal, run_command, slow_after_first
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
@@ -32,10 +32,7 @@ QUIET = ["--trainer.enable_progress_bar=false"]
 SHOWN = [*SMALL_FLAGS, *QUIET, "--trainer.max_epochs=2"]
 SMALL = [*SHOWN, *UNSHOWN]
 
-CONFIGS = [
-    pytest.param(path, id=path.name, marks=[pytest.mark.slow] if path.stem == "gpt2" else [])  # 50257 tokens
-    for path in sorted((ROOT / "configs").glob("*.yaml"))
-]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def built(*argv: str) -> Trainer:
@@ -131,6 +128,7 @@ def test_a_terminal_shows_loss_validation_loss_and_speed_in_the_bar(slm: Run) ->
     assert "v_num" not in output
 
 
+@pytest.mark.slow
 def test_each_run_gets_the_next_folder(slm: Run) -> None:
     slm(*SMALL)
     slm(*SMALL)
@@ -159,7 +157,7 @@ def test_print_config_shows_what_is_in_force(slm: Run, capsys: pytest.CaptureFix
     assert "max_epochs: 5" in text
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", slow_after_first(CONFIGS), ids=lambda path: path.name)
 def test_every_shipped_config_trains(slm: Run, config: Path) -> None:
     smaller = ["embed_dim=48", "num_layers=1", "hidden_dim=64", "max_seq_len=32", "compile=false"]
     output = slm(
@@ -175,6 +173,7 @@ def test_every_shipped_config_trains(slm: Run, config: Path) -> None:
     assert re.search(r"^val/loss +\d", output, re.M)
 
 
+@pytest.mark.slow
 def test_text_reports_bits_per_byte(slm: Run, workdir: Path) -> None:
     (workdir / "mine.txt").write_text("the cat sat on the mat. " * 200)
     output = slm(
@@ -219,11 +218,13 @@ def test_max_steps_stops_there_and_the_report_offers_more_steps(slm: Run) -> Non
     assert "--trainer.max_steps 6" in output
 
 
+@pytest.mark.slow
 def test_max_time_stops_the_run_with_its_last_checkpoint(slm: Run) -> None:
     output = slm(*SMALL, "--trainer.max_epochs=100000", "--trainer.max_time=00:00:00:01")
     assert f"last        {RUN}/checkpoints/last.ckpt" in output
 
 
+@pytest.mark.slow
 def test_limit_train_batches_shortens_the_epoch(slm: Run) -> None:
     slm(*SMALL, "--trainer.limit_train_batches=2")
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
@@ -236,6 +237,7 @@ def test_without_validation_the_report_says_what_is_missing(slm: Run) -> None:
     assert (RUN / "checkpoints/last.ckpt").is_file()
 
 
+@pytest.mark.slow
 def test_a_validation_on_a_part_is_called_so(slm: Run) -> None:
     assert "(on 1 of 6 batches: limit_val_batches=1)" in slm(
         *SMALL, "--data.batch_size=2", "--trainer.limit_val_batches=1"
@@ -248,6 +250,7 @@ def test_a_whole_number_of_batches_is_that_many_and_a_fraction_a_share(workdir: 
     assert repr(getattr(built(f"--trainer.{flag}=1.0"), flag)) == "1.0"
 
 
+@pytest.mark.slow
 def test_overfit_batches_trains_on_one_batch(slm: Run) -> None:
     assert "val/loss" in slm(*SMALL, "--trainer.overfit_batches=1")
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
@@ -263,10 +266,12 @@ def test_validation_every_second_epoch_gives_a_best_checkpoint(slm: Run) -> None
     assert torch.load(RUN / "checkpoints/best.ckpt", weights_only=True)["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_validation_within_an_epoch_works(slm: Run) -> None:
     assert "val/loss" in slm(*SMALL, "--trainer.val_check_interval=0.5", "--trainer.max_epochs=1")
 
 
+@pytest.mark.slow
 def test_without_a_logger_there_are_no_curves_and_the_report_says_so(slm: Run) -> None:
     assert "see curves  none" in slm(*SMALL, "--trainer.logger=false")
     assert not list(RUN.glob("events*"))
@@ -280,6 +285,7 @@ def test_without_checkpointing_none_is_written_and_the_report_says_so(slm: Run) 
     assert not list(RUN.rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_the_sanity_check_can_be_left_out(slm: Run) -> None:
     assert "val/loss" in slm(*SMALL, "--trainer.num_sanity_val_steps=0")
 
@@ -514,7 +520,7 @@ def test_an_exception_that_is_a_bug_keeps_its_traceback(slm: Run, monkeypatch: p
         slm(*SMALL)
 
 
-@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("subcommand", slow_after_first(["fit", "validate", "test", "predict"]))
 def test_the_settings_that_a_command_prints_it_takes_back(
     subcommand: str, slm: Run, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -171,6 +171,7 @@ def test_any_documents_come_back_through_pieces_and_batches_of_any_size(
     assert [chosen.decode(document) for document in found] == [text for text in texts if text]
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_takes_two_or_four_bytes_a_token(cache: Path, tmp_path: Path) -> None:
     library = pytest.importorskip("tokenizers")
     path = write(tmp_path / "a.txt", "hello")
@@ -183,6 +184,7 @@ def test_a_large_vocabulary_takes_two_or_four_bytes_a_token(cache: Path, tmp_pat
     assert large.decode(tokens.tolist()) == "hello"
 
 
+@pytest.mark.slow
 def test_a_file_of_one_long_line_is_read(cache: Path, tmp_path: Path) -> None:
     words = [*"abcdefgh", "語", "🙂", " "]
     line = "".join(random.Random(0).choices(words, k=3_000_000))

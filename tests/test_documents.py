@@ -107,6 +107,7 @@ def test_the_objects_of_an_array_are_documents(
     assert read(write(tmp_path / name, f"\n {json.dumps(rows, **style)}\r\n".encode())) == TEXTS
 
 
+@pytest.mark.slow
 def test_an_array_is_read_without_holding_it(tmp_path: Path) -> None:
     path = tmp_path / "large.json"
     with path.open("w") as file:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import stress
 import torch
-from conftest import SMALL_FLAGS, UNSHOWN
+from conftest import SMALL_FLAGS, UNSHOWN, slow_after_first
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from stress import LAST, SETTINGS, default_signals, finish, first_command, start, step_of
 
@@ -143,7 +143,9 @@ def signal_in(monkeypatch: pytest.MonkeyPatch, hook: str, kind: signal.Signals, 
     monkeypatch.setattr(LanguageModel, hook, signalling)
 
 
-@pytest.mark.parametrize(("kind", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("kind", "status"), slow_after_first([(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+)
 def test_a_signal_lets_the_step_be_finished_and_kept_in_a_resumed_run_too(
     slm: Callable[..., str], monkeypatch: pytest.MonkeyPatch, kind: signal.Signals, status: int
 ) -> None:
@@ -240,7 +242,7 @@ def test_a_signal_in_a_validation_does_not_wait_for_its_end(
     assert (position["batch"], position["is_unvalidated"]) == (5, True)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", slow_after_first([signal.SIGTERM, signal.SIGINT]))
 def test_a_run_stopped_before_its_first_step_leaves_nothing(
     slm: Callable[..., str], workdir: Path, monkeypatch: pytest.MonkeyPatch, kind: signal.Signals
 ) -> None:

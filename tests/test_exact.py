@@ -13,7 +13,7 @@ import pytest
 import stress
 import tensorboard.summary.writer.event_file_writer as event_files
 import torch
-from conftest import SMALL_FLAGS
+from conftest import SMALL_FLAGS, slow_after_first
 from lightning.pytorch import Callback, Trainer
 from stress import compare, ending
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -131,9 +131,7 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize(
-    "settings", [pytest.param(name, marks=[] if name == "epochs" else [pytest.mark.slow]) for name in SETTINGS]
-)
+@pytest.mark.parametrize("settings", slow_after_first(SETTINGS))
 def test_a_run_stopped_in_any_hook_ends_with_the_same_bits_and_curves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str
 ) -> None:
@@ -148,6 +146,7 @@ def test_a_run_stopped_in_any_hook_ends_with_the_same_bits_and_curves(
         assert Bomb.drawn == drawn, stops
 
 
+@pytest.mark.slow
 def test_the_test_fails_where_random_states_and_place_are_not_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +156,7 @@ def test_the_test_fails_where_random_states_and_place_are_not_restored(
     assert any("state_dict" in difference for difference in compare(folder, reference))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["random_states", "windows"])
 def test_each_part_of_the_position_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     reference = run(tmp_path / "reference", monkeypatch, "epochs", [])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_FLAGS, UNSHOWN, likeliest, small_model
+from conftest import ROOT, SMALL_FLAGS, UNSHOWN, likeliest, slow_after_first, small_model
 
 from slm.data.tokenizer import ByteTokenizer, train_bpe
 from slm.export import main
@@ -115,7 +115,7 @@ def test_a_tokenizer_after_the_mark_of_utf8_is_read(workdir: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+@pytest.mark.parametrize("umask", slow_after_first([0o027, 0o022, 0o077]))
 def test_every_file_that_a_command_writes_can_be_read_by_those_whom_the_umask_lets(
     umask: int, slm: Run, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +153,7 @@ def gpt2_folder(**changes: Any) -> transformers.GPT2LMHeadModel:
     return model
 
 
+@pytest.mark.slow
 def test_a_gpt2_of_others_computes_the_same_here_and_can_be_trained_further(slm: Run) -> None:
     theirs = gpt2_folder()
     main(["--from_gpt2=gpt2", "--output=gpt2.pt"])
@@ -191,6 +192,7 @@ def test_a_run_begins_with_the_tokenizer_of_the_file(slm: Run) -> None:
     assert torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)["tokenizer"] == dumped("bpe")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_it_saved_begins_with_the_file_again(slm: Run) -> None:
     save("model.pt", "bytes", vocab_size=256)
     Path("text.txt").write_text(README[:4000])
@@ -230,6 +232,7 @@ def test_shapes_in_a_configuration_give_way_and_that_is_said(slm: Run) -> None:
     assert torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)["hyper_parameters"]["embed_dim"] == 16
 
 
+@pytest.mark.slow
 def test_the_newest_run_to_begin_with_is_one_that_has_a_checkpoint(slm: Run) -> None:
     slm(*SMALL_FLAGS, *UNSHOWN, "--trainer.max_epochs=1")
     Path("runs/version_1").mkdir()
@@ -341,7 +344,7 @@ KINDS = ["safetensors", "shards of safetensors", "pickle", "pickle of old", "sha
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_after_first(KINDS))
 def test_a_head_of_its_own_is_refused_and_an_equal_one_is_not(
     kind: str, prefix: str, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -361,7 +364,7 @@ def test_a_head_of_its_own_is_refused_and_an_equal_one_is_not(
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_after_first(KINDS))
 def test_the_masks_that_older_versions_kept_are_no_weights(kind: str, prefix: str, workdir: Path) -> None:
     tensors = {name.replace("transformer.", prefix): value for name, value in stored(kind).items()}
     for layer in (0, 1):

@@ -70,12 +70,14 @@ def test_on_a_markov_source_it_comes_near_the_entropy_rate_and_never_below_the_o
     assert loss > oracle - 0.005
 
 
+@pytest.mark.slow
 def test_without_attention_it_stays_at_the_best_bigram(markov: DummyData) -> None:
     loss = train(markov, attention=False, max_epochs=3)
     assert loss == pytest.approx(markov.source.bigram_entropy, abs=0.03)
     assert loss > markov.source.entropy_rate + 1.0
 
 
+@pytest.mark.slow
 def test_on_uniform_tokens_no_training_validates_below_the_entropy() -> None:
     data = DummyData(20, 32, source="uniform", num_tokens=40_000, val_fraction=0.5)
     assert train(data, max_epochs=15) > math.log(20) - 0.02

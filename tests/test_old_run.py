@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow_after_first
 
 import slm as package
 from slm import generate, runs
@@ -21,7 +21,7 @@ def old_runs(workdir: Path) -> None:
     shutil.copy(ROOT / "LICENSE", "text.txt")
 
 
-@pytest.mark.parametrize(("run", "loss"), [("version_0", 2.925), ("version_1", 4.221)])
+@pytest.mark.parametrize(("run", "loss"), slow_after_first([("version_0", 2.925), ("version_1", 4.221)]))
 def test_an_old_run_ends_with_the_loss_that_it_had_then(run: str, loss: float, slm: Callable[..., str]) -> None:
     output = slm("--ckpt_path", f"runs/{run}", "--trainer.max_steps=40", "--trainer.enable_progress_bar=false")
     changed = re.findall(r"^(\S+) is now", output, re.M)

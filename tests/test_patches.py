@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, UNSHOWN
+from conftest import SMALL, UNSHOWN, slow_after_first
 from patches import ExpertsModel, RotaryModel, ZLossModel
 from torch import Tensor
 
@@ -44,7 +44,7 @@ UNLIKE_GPT2 = {
 }
 
 
-@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("patch", slow_after_first(PATCHES))
 def test_a_swap_trains_resumes_exactly_writes_from_its_cache_and_is_listed(
     patch: str, slm: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,7 @@ def test_a_run_is_whole_in_the_folder_that_is_asked_for(
     assert f"--ckpt_path {run}/checkpoints/last.ckpt" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_command_finds_what_lies_in_the_home_folder(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     text = "one two three " * 200

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL_FLAGS, UNSHOWN, run_command
+from conftest import SMALL_FLAGS, UNSHOWN, run_command, slow_after_first
 from jsonargparse import get_loader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -59,12 +59,14 @@ def test_the_curve_goes_on_where_it_stopped(slm: Run, trained: Path) -> None:
     assert len(validations) == len(set(validations)) == 4
 
 
+@pytest.mark.slow
 def test_the_stored_precision_is_the_one_asked_for_and_not_what_it_became(slm: Run) -> None:
     slm(*SMALL, "--trainer.max_epochs=1")
     slm("--ckpt_path=last", "--trainer.max_epochs=2")
     assert config()["trainer"]["precision"] == "16-mixed"
 
 
+@pytest.mark.slow
 def test_last_is_the_run_with_the_highest_number(slm: Run, trained: Path) -> None:
     shutil.copytree(trained, "runs/version_10")
     shutil.copytree(trained, "runs/version_9")
@@ -72,6 +74,7 @@ def test_last_is_the_run_with_the_highest_number(slm: Run, trained: Path) -> Non
     assert steps(Path("runs/version_10/checkpoints/last.ckpt")) > steps()
 
 
+@pytest.mark.slow
 def test_the_newest_run_without_a_checkpoint_starts_at_step_0_in_its_folder_with_its_settings(
     slm: Run, trained: Path
 ) -> None:
@@ -134,6 +137,7 @@ def test_a_checkpoint_copied_away_brings_model_and_data_settings_with_it(slm: Ru
     assert config()["data"]["init_args"]["seed"] == 3
 
 
+@pytest.mark.slow
 def test_a_moved_run_keeps_its_best_score(slm: Run, trained: Path) -> None:
     slm("--ckpt_path=last", "--trainer.max_epochs=3")
     best = (RUN / "checkpoints/best.ckpt").read_bytes()
@@ -179,6 +183,7 @@ def test_a_run_killed_after_a_validation_within_an_epoch_goes_on_from_there(work
     assert [point.step for point in curves.Scalars("val/loss")] == [6]
 
 
+@pytest.mark.slow
 def test_without_last_the_run_goes_on_from_its_best_and_says_so(slm: Run, trained: Path) -> None:
     best = RUN / "checkpoints/best.ckpt"
     LAST.unlink()
@@ -187,6 +192,7 @@ def test_without_last_the_run_goes_on_from_its_best_and_says_so(slm: Run, traine
     assert steps() == 12
 
 
+@pytest.mark.slow
 def test_text_is_found_again_from_another_folder(slm: Run, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (workdir / "mine.txt").write_text("the cat sat on the mat. " * 200)
     text = ["--data=TextData", "--model.vocab_size=256", "--data.path=mine.txt"]
@@ -209,9 +215,7 @@ def test_after_max_time_the_report_offers_more_time(slm: Run) -> None:
     assert steps() > done
 
 
-@pytest.mark.parametrize(
-    "stops", [[20], *(pytest.param(stops, marks=pytest.mark.slow) for stops in ([20, 30], [55], [56, 60])), [28, 56]]
-)
+@pytest.mark.parametrize("stops", slow_after_first([[20], [20, 30], [55], [56, 60], [28, 56]]))
 def test_an_epoch_that_max_steps_cut_short_is_finished_and_not_counted(slm: Run, stops: list[int]) -> None:
     flags = [*SMALL, "--data.batch_size=4", "--trainer.max_epochs=3"]
     for stop in stops:
@@ -222,6 +226,7 @@ def test_an_epoch_that_max_steps_cut_short_is_finished_and_not_counted(slm: Run,
     assert torch.load(LAST, weights_only=True)["epoch"] == 3
 
 
+@pytest.mark.slow
 def test_last_is_looked_for_where_the_runs_are(slm: Run, trained: Path) -> None:
     slm(*SMALL, "--trainer.max_epochs=1", "--trainer.default_root_dir=out")
     before = LAST.read_bytes()
@@ -270,7 +275,9 @@ def test_a_checkpoint_is_read_once_and_not_kept_in_memory(
     assert all(during)
 
 
-@pytest.mark.parametrize(("folder", "path"), [("checkpoints", "last.ckpt"), (".", "checkpoints/last.ckpt"), (".", ".")])
+@pytest.mark.parametrize(
+    ("folder", "path"), slow_after_first([("checkpoints", "last.ckpt"), (".", "checkpoints/last.ckpt"), (".", ".")])
+)
 def test_a_run_goes_on_in_its_folder_from_inside_it_too(
     slm: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, folder: str, path: str
 ) -> None:
@@ -300,6 +307,7 @@ def test_validate_and_test_measure_every_held_out_window_of_the_best_checkpoint(
     assert [path.name for path in Path("runs").iterdir()] == ["version_0"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_equals_the_closing_report_and_leaves_the_run_as_it_was(slm: Run) -> None:
     report = slm(*(flag for flag in SMALL if flag not in UNSHOWN), "--trainer.max_epochs=2")
     before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
@@ -348,6 +356,7 @@ def test_the_weights_file_is_a_plain_dictionary_of_the_best_weights(trained: Pat
     assert all(torch.equal(value, best[f"transformer.{name}"]) for name, value in content["state_dict"].items())
 
 
+@pytest.mark.slow
 def test_the_weights_file_is_written_for_a_new_best_alone(slm: Run, trained: Path) -> None:
     before = (RUN / "simple_language_model.pt").read_bytes()
     slm("--ckpt_path=last", "--trainer.max_epochs=3", "--model.learning_rate=1")
@@ -423,6 +432,7 @@ def test_a_text_that_has_changed_is_refused_with_both_fingerprints(text_run: Pat
     assert "--allow_changed_data true" in message
 
 
+@pytest.mark.slow
 def test_a_text_that_has_changed_is_taken_where_that_is_meant(slm: Run, text_run: Path) -> None:
     before = read_checkpoint(LAST)["fingerprint"]
     text_run.write_text(text_run.read_text() * 2)
@@ -437,6 +447,7 @@ def test_a_text_that_has_changed_can_be_evaluated(slm: Run, text_run: Path) -> N
     assert "val/loss" in slm("validate", "--ckpt_path=best")
 
 
+@pytest.mark.slow
 def test_with_more_text_an_interrupted_epoch_begins_anew(slm: Run, text_run: Path) -> None:
     slm("--ckpt_path=last", "--trainer.max_epochs=2", f"--trainer.max_steps={steps() + 2}")
     done = read_checkpoint(LAST)
@@ -448,6 +459,7 @@ def test_with_more_text_an_interrupted_epoch_begins_anew(slm: Run, text_run: Pat
     assert read_checkpoint(LAST)["global_step"] == done["global_step"] + batches
 
 
+@pytest.mark.slow
 def test_another_part_held_out_is_other_data(slm: Run, trained: Path) -> None:
     slm("--ckpt_path=last", "--data.val_fraction=0.3", "--allow_changed_data=true", "--trainer.max_epochs=3")
     assert read_checkpoint(RUN / "checkpoints/best.ckpt")["position"]["epoch"] == 3
@@ -457,6 +469,7 @@ def test_an_evaluation_does_not_ignore_the_permission_for_other_data(trained: Pa
     assert "leave out --allow_changed_data" in refused("validate", "--ckpt_path=best", "--allow_changed_data=true")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_sweeps_what_a_kill_left(slm: Run, trained: Path) -> None:
     for name in ("config.yaml.unfinished", "checkpoints/last.ckpt.unfinished"):
         (RUN / name).write_text("half")
@@ -494,6 +507,7 @@ def test_a_state_that_could_not_be_read_again_is_refused_when_it_is_saved(
     assert re.search(r"error: .*best.ckpt would hold pathlib\S+Path and could not be read again", said)
 
 
+@pytest.mark.slow
 def test_another_batch_size_is_no_other_data(slm: Run, trained: Path) -> None:
     assert "data.batch_size is now 8" in slm("--ckpt_path=last", "--data.batch_size=8", "--trainer.max_epochs=3")
 
@@ -508,6 +522,7 @@ def test_bare_weights_without_their_run_are_evaluated_on_data_that_is_named(
     assert table(slm("validate", "--ckpt_path=copy.pt", *flags), "val/loss") == expected
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_not_evaluated_on_data_of_another_tokenizer(slm: Run, refused: Run) -> None:
     small = [flag for flag in SMALL if "vocab_size" not in flag]
     slm(*small, "--model.vocab_size=256", "--trainer.max_epochs=1")
@@ -588,6 +603,7 @@ def test_without_any_such_checkpoint_that_is_said(workdir: Path, refused: Run) -
     assert "has checkpoints/best.ckpt: train one longer" in refused("validate", "--ckpt_path=best")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_without_locks_is_gone_on_on_and_named(
     code: int, slm: Run, monkeypatch: pytest.MonkeyPatch
@@ -644,12 +660,14 @@ def test_a_run_that_another_process_trains_is_left_alone(trained: Path, refused:
     assert "runs/version_0 is being trained by another process: stop that first" in message
 
 
+@pytest.mark.slow
 def test_a_text_that_was_moved_is_known_by_its_content(slm: Run, text_run: Path) -> None:
     moved = text_run.rename(text_run.with_name("moved.txt"))
     slm("--ckpt_path=last", "--trainer.max_epochs=2", f"--data.path={moved}")
     assert read_checkpoint(LAST)["position"]["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_the_bar_of_a_resumed_run_begins_inside_its_epoch(slm: Run) -> None:
     flags = [flag for flag in SMALL if "progress_bar" not in flag]
     slm(*flags, "--data.batch_size=4", "--trainer.max_epochs=1", "--trainer.max_steps=20")

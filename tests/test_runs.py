@@ -44,6 +44,7 @@ def test_runs_are_listed_the_best_first_with_what_differs(slm: Run, capsys: pyte
     assert best["time"] == duration(read_run(Path("runs/version_1")).seconds)
 
 
+@pytest.mark.slow
 def test_text_in_different_tokens_is_compared_by_bits_per_byte(slm: Run, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tokenizers")
     Path("text.txt").write_text((ROOT / "README.md").read_text()[:6000])
@@ -74,6 +75,7 @@ def test_a_run_that_cannot_be_read_is_left_out_and_named(slm: Run, capsys: pytes
     assert second.startswith("left out: runs/version_2/config.yaml is not valid YAML")
 
 
+@pytest.mark.slow
 def test_settings_of_another_kind_of_data_and_a_run_s_number_tell_nothing(
     slm: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

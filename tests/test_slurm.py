@@ -75,6 +75,7 @@ def test_a_requeued_job_goes_on_in_its_run_and_ends_with_the_same_bits(
     assert {path.name for path in RUNS.iterdir()} == {"version_0", "version_1"}
 
 
+@pytest.mark.slow
 def test_a_requeued_job_that_began_with_the_weights_of_another_goes_on_with_its_own(
     job: Path, slm: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +97,7 @@ def test_another_job_begins_a_run_of_its_own(job: Path, slm: Run, monkeypatch: p
     assert {path.name for path in RUNS.iterdir()} == {"version_0", "version_1"}
 
 
+@pytest.mark.slow
 def test_each_command_of_a_job_goes_on_in_its_own_run(job: Path, slm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     slow, fast = ([*SMALL, f"--model.learning_rate={rate}", "--trainer.max_epochs=1"] for rate in (0.001, 0.01))
     slm(*slow)
@@ -105,6 +107,7 @@ def test_each_command_of_a_job_goes_on_in_its_own_run(job: Path, slm: Run, monke
     assert "it goes on in runs/version_1" in slm(*fast)
 
 
+@pytest.mark.slow
 def test_a_job_that_goes_on_from_a_copied_checkpoint_does_so_once(
     job: Path, slm: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,6 +208,7 @@ def test_the_merges_are_not_learned_from_the_split_that_is_held_out(tmp_path: Pa
     assert '"xy"' not in data.tokenizer
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder_with_a_split_says_what_it_holds_out_and_goes_on(slm: Run, workdir: Path) -> None:
     make(workdir / "texts", train_txt=WORDS * 9, validation_txt=WORDS * 3)
     flags = ["--data=TextData", "--data.path=texts", "--model.vocab_size=256", *SMALL, *QUIET]
@@ -230,6 +231,7 @@ def test_a_path_that_is_not_utf8_is_refused_and_read_in_a_folder(refused: Run, w
     assert r"caf\xe9.txt' is not UTF-8: rename" in message
 
 
+@pytest.mark.slow
 def test_the_mark_before_utf8_is_no_part_of_settings_or_tokenizers(slm: Run, workdir: Path) -> None:
     mark = b"\xef\xbb\xbf"
     (workdir / "mine.txt").write_bytes(mark + WORDS.encode() * 30)
@@ -387,6 +389,7 @@ def test_bpe_learns_from_the_text_is_kept_and_goes_with_every_checkpoint(slm: Ru
     assert "val/bits_per_byte" in slm("validate", "--ckpt_path=alone.ckpt")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_file_may_be_gone_when_a_run_goes_on_and_another_is_refused(
     slm: Run, refused: Run, workdir: Path
 ) -> None:

@@ -195,6 +195,7 @@ def test_dropout_reaches_the_attention_weights(seq_len: int) -> None:
     assert summed.std() > 0.01
 
 
+@pytest.mark.slow
 def test_compiled_the_activation_is_the_same_in_value_and_gradient() -> None:
     x = torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
     outputs = torch.compile(transformer.gelu, backend="aot_eager")(x), F.gelu(x, approximate="tanh")

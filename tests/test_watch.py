@@ -68,6 +68,7 @@ def test_the_embedding_is_that_of_the_tokens_held_out(slm: Run) -> None:
     assert rows == pytest.approx(weights[[int(token) for token, _ in names[1:]]].numpy(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_each_can_be_switched_off_and_changes_nothing_in_the_run(slm: Run, unhurried: None) -> None:
     slm(*FLAGS)
     assert len(shown().Images("attention/layer_1")) == 2
