@@ -121,6 +121,7 @@ def test_nothing_is_printed_that_the_project_did_not_mean(workdir: Path) -> None
     assert [line for line in result.stderr.splitlines() if not line.startswith("precision 16-mixed becomes")] == []
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_loss_validation_loss_and_speed_in_the_bar(slm: Run) -> None:
     output = slm(*SMALL_FLAGS, *UNSHOWN, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1")
     last_line = [line for line in re.split(r"[\r\n]", output) if line.startswith("Epoch 1: 100%")][-1]
@@ -256,11 +257,13 @@ def test_overfit_batches_trains_on_one_batch(slm: Run) -> None:
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
+@pytest.mark.slow
 def test_accumulation_steps_once_for_several_batches(slm: Run) -> None:
     slm(*SMALL, "--data.batch_size=16", "--trainer.accumulate_grad_batches=4")
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_validation_every_second_epoch_gives_a_best_checkpoint(slm: Run) -> None:
     slm(*SMALL, "--trainer.check_val_every_n_epoch=2")
     assert torch.load(RUN / "checkpoints/best.ckpt", weights_only=True)["epoch"] == 2
@@ -278,6 +281,7 @@ def test_without_a_logger_there_are_no_curves_and_the_report_says_so(slm: Run) -
     assert (RUN / "checkpoints/best.ckpt").is_file()
 
 
+@pytest.mark.slow
 def test_without_checkpointing_none_is_written_and_the_report_says_so(slm: Run) -> None:
     output = slm(*SMALL, "--trainer.enable_checkpointing=false")
     assert re.search(r"best +none\nlast +none", output)

@@ -184,6 +184,7 @@ def test_a_save_that_fails_at_a_signal_is_an_error(
     assert line.startswith(f"error: {LAST} cannot be written")
 
 
+@pytest.mark.slow
 def test_an_exception_in_the_closing_validation_leaves_the_last_checkpoint_as_it_is(
     slm: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,6 +184,7 @@ def test_a_gpt2_of_others_computes_the_same_here_and_can_be_trained_further(slm:
     slm("--ckpt_path=runs/version_0", "--trainer.max_epochs=2")
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_tokenizer_of_the_file(slm: Run) -> None:
     save("model.pt", dumped("bpe"), vocab_size=300)
     Path("text.txt").write_text(README[:4000])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_FLAGS
+from conftest import SMALL_FLAGS, slow_after_first
 
 from slm import export, generate, runs
 from slm.cli import main
@@ -27,7 +27,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "given", ["--trainer.default_root_dir=~/out", "--config={trainer: {default_root_dir: ~/out}}", "--config=~/f.yaml"]
+    "given",
+    slow_after_first(
+        ["--trainer.default_root_dir=~/out", "--config={trainer: {default_root_dir: ~/out}}", "--config=~/f.yaml"]
+    ),
 )
 def test_a_run_is_whole_in_the_folder_that_is_asked_for(
     given: str, home: Path, capsys: pytest.CaptureFixture[str]

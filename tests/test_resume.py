@@ -104,6 +104,7 @@ def test_a_copied_checkpoint_with_nothing_left_to_do_is_refused_and_leaves_no_ru
     assert [path.name for path in Path("runs").iterdir()] == ["version_0"]
 
 
+@pytest.mark.slow
 def test_a_flag_wins_over_the_stored_value_in_what_is_trained_too(slm: Run, trained: Path) -> None:
     output = slm("--ckpt_path=last", "--trainer.max_epochs=3", "--model.learning_rate=0.0005")
     assert "model.learning_rate is now 0.0005 (the run had 0.001)" in output
@@ -442,6 +443,7 @@ def test_a_text_that_has_changed_is_taken_where_that_is_meant(slm: Run, text_run
     slm("--ckpt_path=last", "--trainer.max_epochs=3")
 
 
+@pytest.mark.slow
 def test_a_text_that_has_changed_can_be_evaluated(slm: Run, text_run: Path) -> None:
     text_run.write_text("something else altogether. " * 100)
     assert "val/loss" in slm("validate", "--ckpt_path=best")
@@ -512,6 +514,7 @@ def test_another_batch_size_is_no_other_data(slm: Run, trained: Path) -> None:
     assert "data.batch_size is now 8" in slm("--ckpt_path=last", "--data.batch_size=8", "--trainer.max_epochs=3")
 
 
+@pytest.mark.slow
 def test_bare_weights_without_their_run_are_evaluated_on_data_that_is_named(
     slm: Run, trained: Path, refused: Run
 ) -> None:
@@ -621,6 +624,7 @@ def test_a_file_system_without_locks_is_gone_on_on_and_named(
     assert LAST.is_file()
 
 
+@pytest.mark.slow
 def test_whatever_goes_wrong_before_the_first_step_leaves_no_run(slm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise KeyError("a bug")

@@ -101,6 +101,7 @@ def test_no_run_at_all_is_one_line(folder: str, workdir: Path, capsys: pytest.Ca
     assert line.startswith(f"error: there is no run under {workdir / 'elsewhere'}: start one")
 
 
+@pytest.mark.slow
 def test_time_is_that_of_all_its_processes_and_tokens_go_on(slm: Run) -> None:
     slm(*FLAGS)
     before = seconds_drawn(Path("runs/version_0"))
