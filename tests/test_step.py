@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,6 +147,22 @@ def test_where_looking_would_mean_waiting_no_weight_changes_from_a_bad_step_on(w
         assert torch.equal(weights, kept)
 
 
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 4, "limit_val_batches": 1}])
+def test_a_bad_step_that_was_never_logged_is_told_at_the_next_validation_or_at_the_end(
+    settings: dict[str, Any],
+) -> None:
+    poison = Poison("loss", math.nan, step=1)
+    with pytest.raises(NotFiniteError, match="step 1: the loss or the norm of the gradient is not finite"):
+        fit(
+            small_model(),
+            small_data(batch_size=8),
+            callbacks=[poison, Unseen()],
+            max_steps=6,
+            **{"limit_val_batches": 0, "log_every_n_steps": 0, **settings},
+        )
+    assert poison.steps == (4 if settings else 6)
+
+
 def scaled(model: LanguageModel, scale: float, steps: int, poison: Callback) -> torch.amp.GradScaler:
     """Train under a gradient scaler, as 16-mixed does on CUDA."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -172,9 +189,10 @@ def test_a_loss_that_is_not_finite_is_none_of_the_scalers_business() -> None:
         scaled(small_model(), 2.0**8, 40, Poison("loss", float("nan"), step=2))
 
 
-def test_a_checkpoint_with_a_weight_that_is_not_finite_is_not_written() -> None:
+def test_a_checkpoint_with_a_weight_that_is_not_finite_is_not_written(workdir: Path) -> None:
     model = small_model()
     trainer = fit(model, small_data(), max_steps=1, callbacks=[SelfContained()])
     torch.nn.init.constant_(model.transformer.final_norm.bias, float("inf"))
     with pytest.raises(NotFiniteError, match=r"transformer\.final_norm\.bias is not finite"):
         trainer.save_checkpoint("never.ckpt")
+    assert not (workdir / "never.ckpt").exists()

@@ -171,7 +171,7 @@ def test_a_sequence_above_max_seq_len_is_refused_with_both_numbers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("seq_len", [1, 7, transformer.IN_32_BITS_UP_TO + 1, transformer.WRITTEN_OUT_UP_TO + 1])
+@pytest.mark.parametrize("seq_len", [1, 7, transformer.PLAIN_UP_TO_IN_32_BITS + 1, transformer.PLAIN_UP_TO + 1])
 def test_attention_is_that_of_torch_in_value_and_gradients_however_it_is_computed(
     seq_len: int, dtype: torch.dtype
 ) -> None:
@@ -186,7 +186,7 @@ def test_attention_is_that_of_torch_in_value_and_gradients_however_it_is_compute
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("seq_len", [8, transformer.WRITTEN_OUT_UP_TO + 1])
+@pytest.mark.parametrize("seq_len", [8, transformer.PLAIN_UP_TO + 1])
 def test_dropout_reaches_the_attention_weights(seq_len: int) -> None:
     torch.manual_seed(0)
     q, k = (torch.randn(1, 1, seq_len, 4) for _ in range(2))

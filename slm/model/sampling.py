@@ -13,16 +13,16 @@ from slm.errors import check
 from slm.model.transformer import Transformer, without_call_overhead
 
 SMALLEST_TEMPERATURE = 1e-30
-"""Below it logits divided by it are no longer finite; with it the likeliest token has all of the probability."""
+"""Logits divided by less are no longer finite; divided by this, the likeliest token has all of the probability."""
 
 
 @torch.inference_mode()
 def decode(transformer: Transformer, tokens: Tensor, choose: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """The tokens (B,) that go on from tokens (B, T) of at least one position, one after another, without end.
 
-    There are learned positions up to `max_seq_len`. A sequence that grows longer is begun anew with the last half of
-    that many tokens, and goes on from there: the network never sees less than that, and seldom the same token twice.
-    Of tokens that are more from the start it sees the last `max_seq_len`.
+    The network reads at most `max_seq_len` tokens. When a sequence grows longer, the caches are dropped and
+    the last half of it is read again, from position 0: each token is so read twice at most, and no token is chosen from
+    fewer than half of `max_seq_len`. Of a longer beginning, the last `max_seq_len` tokens are read.
 
     Args:
         transformer: the network.
@@ -51,8 +51,8 @@ class Sampler:
         top_k: how many of the likeliest tokens are left to draw from; None for all.
         top_p: share of the probability that is left, in the likeliest tokens that together have it (Holtzman et al.,
             2020, "The Curious Case of Neural Text Degeneration").
-        seed: of the first sequence; the ones after it have the numbers that follow, so that each is drawn the same
-            whatever is drawn beside it.
+        seed: of the first sequence; the others have the numbers that follow, so that what is drawn for one does not
+            depend on those beside it.
 
     Raises:
         InputError: a value out of its range.
@@ -96,7 +96,7 @@ class Sampler:
 def draw_from_sums(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Tokens (B,) with these probabilities (B, V), by one random number each.
 
-    On a GPU sums are not the same each time, and need not rise.
+    Not for a GPU, whose running sums differ from call to call and may even fall.
     """
     cumulated = probabilities.cumsum(-1)
     total = cumulated[:, -1:]
@@ -106,7 +106,7 @@ def draw_from_sums(probabilities: Tensor, generators: Sequence[torch.Generator])
 
 
 def draw_by_a_race(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """The same on the device of the probabilities: the token whose exponential time, at this rate, is the first."""
+    """The same without running sums: each token waits an exponential time at this rate, and the first one is taken."""
     _check_finite(probabilities.sum(-1))
     times = torch.empty_like(probabilities)
     for row, generator in zip(times, generators, strict=True):

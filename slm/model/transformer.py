@@ -21,14 +21,15 @@ from slm.errors import InputError, check
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-WRITTEN_OUT_UP_TO = 256
-IN_32_BITS_UP_TO = 64
-"""Sequence length up to which attention on a CPU is written out; the latter in 32 bits, where nothing is dropped.
+PLAIN_UP_TO = 256
+PLAIN_UP_TO_IN_32_BITS = 64
+"""Longest sequence for which a CPU computes attention as it is written, with torch's fused kernel being slower.
 
-Measured on two cores, 4,096 tokens, forward and backward in ms, written out against torch's fused kernel. With
-AVX512-bf16 (torch 2.13), 4 heads of 32, in bf16: 10 and 26 at 128, 14 and 23 at 256, 82 and 39 at 1,024. With AVX2
-alone, 8 heads of 32, in 32 bits: 14 and 15 at 64, 25 and 23 at 128, 75 and 36 at 256; with dropout 20 and 37, 43 and
-76, 119 and 171. Beyond 256 the scores (B, H, T, T) would also take more memory than all the rest.
+The second is for float32 without dropout, where the kernel is faster sooner. Measured on two cores, 4,096 tokens,
+forward and backward in ms, as written against the kernel. With AVX512-bf16 (torch 2.13), 4 heads of 32, in bf16: 10 and
+26 at 128, 14 and 23 at 256, 82 and 39 at 1,024. With AVX2 alone, 8 heads of 32, in float32: 14 and 15 at 64, 25 and 23
+at 128, 75 and 36 at 256; with dropout 20 and 37, 43 and 76, 119 and 171. Beyond 256 the scores (B, H, T, T) would also
+take more memory than all the rest.
 """
 
 
@@ -46,8 +47,8 @@ class Dropout(nn.Module):
 def drop(x: Tensor, p: float) -> Tensor:
     """Each value 0 with probability p, else divided by 1 - p (Srivastava et al., 2014).
 
-    On a CPU from 16 random bits a value, p rounded to them: three times as fast as torch's dropout, which spends most
-    of its time on random numbers, and half of a training step.
+    On a CPU each value takes 16 random bits, to which p is rounded. That is three times as fast as torch's dropout,
+    whose random numbers would take half of a training step.
     """
     if p == 0.0:
         return x
@@ -60,7 +61,7 @@ def drop(x: Tensor, p: float) -> Tensor:
 
 
 class ResidualLinear(nn.Linear):
-    """A linear layer whose output is added to the residual stream: GPT-2 begins it with smaller weights."""
+    """A linear layer whose output is added to the residual stream: GPT-2 initializes it with smaller weights."""
 
 
 class KVCache:
@@ -130,7 +131,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     if seq_len < all_len:
         mask = None if seq_len == 1 else causal_mask(seq_len, all_len, q.device)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
-    longest = IN_32_BITS_UP_TO if q.dtype == torch.float32 and dropout == 0 else WRITTEN_OUT_UP_TO
+    longest = PLAIN_UP_TO_IN_32_BITS if q.dtype == torch.float32 and dropout == 0 else PLAIN_UP_TO
     if q.device.type != "cpu" or seq_len > longest:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     return drop(causal_weights(q, k), dropout) @ v
@@ -145,7 +146,7 @@ def causal_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def causal_mask(seq_len: int, all_len: int, device: torch.device) -> Tensor:
-    """Which of all positions each of the last `seq_len` attends to, (T, S)."""
+    """Which of all S positions each of the last T attends to, (T, S): those up to itself. Only generation needs it."""
     return torch.ones(seq_len, all_len, dtype=torch.bool, device=device).tril(all_len - seq_len)
 
 
@@ -257,7 +258,7 @@ class Transformer(nn.Module):
 
         Args:
             tokens: int64.
-            caches: one a block; the tokens are those that follow the ones that they have seen.
+            caches: one for each block; the tokens follow those that the caches have seen.
 
         Raises:
             InputError: there are more tokens than `max_seq_len`.
@@ -279,7 +280,7 @@ class Transformer(nn.Module):
         return self.token_embedding(tokens) + self.position_embedding.weight[start:end]
 
     def new_caches(self) -> list[KVCache]:
-        """What `forward` keeps of the tokens that it has seen, to go on from them."""
+        """Empty caches for `forward`, in which it keeps the keys and values of the tokens that it has seen."""
         return [KVCache(self.max_seq_len) for _ in self.blocks]
 
     @property
@@ -293,7 +294,7 @@ class Transformer(nn.Module):
 
 
 def parameters_of(kind: type[Any]) -> dict[str, inspect.Parameter]:
-    """What a class takes, by name: its constructor and, where that passes on `**options`, those of its bases."""
+    """The arguments of a class by name: its constructor's and, where that passes on `**options`, those of its bases."""
     found: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if "__init__" in vars(base):
@@ -308,8 +309,9 @@ def parameters_of(kind: type[Any]) -> dict[str, inspect.Parameter]:
 def without_call_overhead(module: _Module) -> _Module:
     """A twin of a module in eval mode, with the same weights, whose calls cost nothing but its `forward`.
 
-    Calling an `nn.Module` looks for hooks, and reading its weights goes through `__getattr__`: at a batch of one that
-    takes as long as the arithmetic of a small network. The twin's class extends the module's own.
+    Calling an `nn.Module` looks for hooks, and reading its weights goes through `__getattr__`: with one sequence of a
+    small network that takes as long as the arithmetic. The twin is of a subclass whose `__call__` is `forward`, and
+    holds weights and children as plain attributes.
     """
     kind: type[Any] = type(module)
     twin: Any = object.__new__(_twin_class(kind))  # type: ignore[arg-type]

@@ -28,17 +28,17 @@ class LanguageModel(LightningModule):
     """A causal language model that trains itself under any Trainer.
 
     A batch is (tokens (B, T), targets (B, T)), int64, the targets being the tokens one position later. A subclass
-    swaps the network by another value of `network`, or the loss by overriding `loss`; its own options join the others.
+    swaps the network by setting `network`, or the loss by overriding `loss`; its own options join the others.
 
     Args:
-        learning_rate: where the schedule starts.
+        learning_rate: the highest; it falls from here by the schedule.
         optimizer: AdamW, Adam, SGD with momentum 0.9, or Muon for the matrices inside the network.
         weight_decay: on matrices only; biases and norms are not decayed.
         schedule: `plateau` lowers the learning rate when the validation loss stalls, `cosine` over the Trainer's steps.
-        warmup_steps: optimizer steps, under `cosine`, over which the learning rate first rises from 0.
+        warmup_steps: optimizer steps over which the learning rate first rises from 0, under `cosine`.
         plateau_factor: what the learning rate is multiplied by when the validation loss stalls.
         plateau_patience: validations without improvement that are waited for before that.
-        min_learning_rate: where the schedule ends.
+        min_learning_rate: the lowest; no schedule goes below it.
         compile: whether to train through torch.compile, which needs a C++ compiler or, on a GPU, Triton.
         options: those of the network.
 
@@ -66,11 +66,11 @@ class LanguageModel(LightningModule):
         self.save_hyperparameters({**self.network_options(), **options})
         check_ranges(self.hparams)
         self.transformer = self.network(**options)
-        # sums, because MeanMetric leaves a NaN out of the mean or, told not to (torchmetrics 1.9), the weights
+        # not MeanMetric, which leaves a NaN out of the mean or, with nan_strategy="disable", ignores weights (1.9)
         self.loss_sum = SumMetric(nan_strategy="disable")
         self.num_correct = SumMetric(nan_strategy="disable")
         self.num_tokens = SumMetric(nan_strategy="disable")
-        self._step = Step()
+        self._step, self._guard = Step(), FiniteGuard(is_free=True)
         self._num_steps = math.inf  # not known before the training begins
 
     @classmethod
@@ -115,8 +115,8 @@ class LanguageModel(LightningModule):
         """Give the gradient its true scale, and log its norm as it is before clipping.
 
         Raises:
-            NotFiniteError: the loss or the gradient is not finite. A GPU is only waited for when the step is logged;
-                until then no step changes a weight.
+            NotFiniteError: the loss or the gradient is not finite. On a GPU this is only raised at the next logged
+                step or validation, or at the end; until then every step is skipped.
         """
         step, self._step = self._step, Step()
         gradients = [p.grad for p in stepped_by(optimizer) if p.grad is not None]
@@ -141,7 +141,13 @@ class LanguageModel(LightningModule):
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(stepped_by(optimizer), gradient_clip_val, self._norm)
 
+    def on_train_end(self) -> None:
+        self._guard.look()
+
     # ---- evaluation
+
+    def on_validation_start(self) -> None:
+        self._guard.look()
 
     def on_validation_epoch_start(self) -> None:
         for metric in (self.loss_sum, self.num_correct, self.num_tokens):
@@ -203,10 +209,10 @@ class LanguageModel(LightningModule):
         return cosine_rate(step, self._num_steps, self.hparams)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Called by Lightning: for the cosine after each step, for the plateau once an epoch.
+        """Called by Lightning after each step for the cosine, after each epoch for the plateau.
 
-        That is too late for the plateau, since the epoch's checkpoint is written by then, and too seldom where there
-        are several validations in an epoch: `on_validation_epoch_end` steps it.
+        For the plateau that is too late, since the epoch's checkpoint is written by then, and too seldom where an epoch
+        has several validations: `on_validation_epoch_end` steps it.
         """
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
@@ -218,7 +224,7 @@ class LanguageModel(LightningModule):
             device = self.trainer.strategy.root_device.type
             check_can_compile(device)
             tell_compiled_code_by_its_vectors()
-            # gradients lie in a graph's memory, which its next call uses again: none where they are added up or shared
+            # a CUDA graph's next call overwrites its gradients: no graph where they are added up or shared between GPUs
             can_replay = self.trainer.world_size == self.trainer.accumulate_grad_batches == 1
             self.transformer.compile(mode=compile_mode(device, self.transformer) if can_replay else None)
 
@@ -232,5 +238,5 @@ class LanguageModel(LightningModule):
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
-        """That of float16; under it no optimizer is fused, which would leave gradients scaled when they are clipped."""
+        """The scaler of float16, if any. With it no optimizer is fused: gradients would be clipped while scaled."""
         return getattr(self.trainer.precision_plugin, "scaler", None)

@@ -12,11 +12,11 @@ from slm.hardware import fast_dtype
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 MOMENTUM = 0.95
-"""Muon's."""
+"""Of Muon."""
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
-"""Of Newton and Schulz, as Jordan chose them."""
+"""Of the Newton-Schulz iteration, as Jordan chose them."""
 SMALLEST_NORM = 1e-7
-"""A gradient below it is not blown up to a whole step; the squares of far smaller numbers would be 0."""
+"""A gradient is divided by its norm, or by this: one that is all but 0 makes no whole step."""
 
 
 def build_optimizer(network: nn.Module, hparams: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
@@ -65,7 +65,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None
-    """1.0 where this step is to be left out, as torch's fused optimizers know it; None means 0.0."""
+    """1.0 to skip this step, as torch's fused optimizers read it; None means 0.0."""
 
     def __init__(self, matrices: dict[str, Any], others: list[dict[str, Any]], lr: float, fused: bool) -> None:
         self._adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), fused=fused)
@@ -79,7 +79,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         for name in self.param_groups[0].keys() - {"params", "lr", "initial_lr", "weight_decay"}:
-            del self.param_groups[0][name]  # settings of torch's own Muon, in older checkpoints
+            del self.param_groups[0][name]  # of torch's own Muon, which older checkpoints were trained with
         self._share()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -101,7 +101,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         is_taken = None if self.found_inf is None else self.found_inf == 0
-        if is_taken is not None:  # else a momentum stays as it is
+        if is_taken is not None:  # the mean of a momentum and itself leaves it as it is
             gradients = [torch.where(is_taken, g, m) for g, m in zip(gradients, momenta, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
@@ -117,9 +117,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Matrices (..., M, N) with their singular values brought to about 1: between 0.7 and 1.2, but for tiny ones.
+    """Matrices (..., M, N) with their singular values brought to about 1, between 0.7 and 1.2 but for tiny ones.
 
-    A few iterations of Newton and Schulz with Jordan's coefficients, in the type that the device multiplies fastest.
+    By the Newton-Schulz iteration, in the type that the device multiplies fastest.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     wide = (matrices.mT if is_tall else matrices).to(fast_dtype(matrices.device))

@@ -1,4 +1,4 @@
-"""One optimizer step: what its batches add up to, and whether that is finite."""
+"""One optimizer step: the loss and the gradient of its batches together, and whether these are finite."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,17 +12,17 @@ from slm.errors import NotFiniteError
 def is_logged(trainer: Any, step: int) -> bool:
     """Whether Lightning passes on what is logged at a step, counted from 1.
 
-    A `self.log` costs a third of a millisecond: none is called at other steps.
+    `self.log` takes a third of a millisecond, so it is called at these steps alone.
     """
     interval = trainer.log_every_n_steps
     return bool(interval and step % interval == 0)
 
 
 class Step:
-    """The batches whose gradients make one optimizer step, each with the weight of its tokens.
+    """The batches that make one optimizer step: its loss is the mean over all their tokens.
 
-    Lightning adds up the gradients of n batches, each divided by n. With fewer batches at an epoch's end that is too
-    little: a step with one of two batches would be taken at half its gradient.
+    With `accumulate_grad_batches=n`, Lightning divides every batch's loss by n and adds up the gradients. That is wrong
+    where an epoch ends with a smaller batch, which counts too much, or with fewer batches, whose gradient is too small.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Step:
         self._loss: Tensor | None = None
 
     def add(self, loss: Tensor, num_tokens: int) -> Tensor:
-        """The mean loss of a batch, times its share of tokens; the first batch's is 1."""
+        """The mean loss of a batch, times the ratio of its number of tokens to the first batch's."""
         self._first_tokens = self._first_tokens or num_tokens
         weight = num_tokens / self._first_tokens
         weighted = loss if weight == 1 else loss * weight
@@ -54,12 +54,12 @@ class Step:
 class FiniteGuard:
     """Keeps a loss or a gradient that is not finite from changing a weight.
 
-    Where looking costs nothing, as on a CPU, it raises before the step. A GPU would have to be waited for: there it
-    tells the fused optimizer, by the tensor `found_inf` that such optimizers read, to leave out this step and all
-    after it, and raises when it is next asked to look.
+    A CPU knows at once, and the error is raised before the step. A GPU computes behind the program, which would have to
+    wait for it: there the optimizer is told to skip this step and all after it, through `found_inf`, a tensor that
+    torch's fused optimizers read on the device, and the error is raised when `look` is next called.
 
     Args:
-        is_free: whether looking costs nothing.
+        is_free: whether looking at a value costs nothing.
     """
 
     def __init__(self, is_free: bool) -> None:
@@ -75,23 +75,36 @@ class FiniteGuard:
         optimizer: torch.optim.Optimizer,
         is_looking: bool,
     ) -> None:
-        """Raise NotFiniteError, naming the step, where the loss or the norm of its gradient is not finite.
+        """Raise NotFiniteError, or have the step skipped, where the loss or its gradient is not finite.
 
-        A gradient that a GradScaler made overflow is left to it, which leaves the step out and halves its scale.
+        With a GradScaler, a gradient that overflows is the scaler's: it skips the step and halves its scale. A loss
+        that is not finite makes the gradient so, and is skipped with it.
+
+        Args:
+            loss: of the step.
+            norm: of its gradient.
+            step: its number, counted from 0.
+            scaler: of float16, if any.
+            optimizer: which is about to take the step.
+            is_looking: whether to wait for a GPU and raise now.
         """
         is_finite = torch.isfinite(loss + norm)
         if scaler is None and not self.is_free:
-            self._leave_out(is_finite, step, optimizer)
-            assert self._first_bad is not None
-            if is_looking and (first_bad := int(self._first_bad)) >= 0:
-                raise NotFiniteError(f"step {first_bad}: the loss or the norm of the gradient")
+            self._skip_unless(is_finite, step, optimizer)
+            if is_looking:
+                self.look()
         elif (is_looking or self.is_free) and not is_finite:
             if not torch.isfinite(loss):
                 raise NotFiniteError(f"step {step}: the loss, {loss.item()},")
             if scaler is None or scaler.get_scale() <= 1:
                 raise NotFiniteError(f"step {step}: the norm of the gradient, {norm.item()},")
 
-    def _leave_out(self, is_finite: Tensor, step: int, optimizer: Any) -> None:
+    def look(self) -> None:
+        """Raise NotFiniteError, naming the first step that was skipped, if there is one."""
+        if self._first_bad is not None and (first_bad := int(self._first_bad)) >= 0:
+            raise NotFiniteError(f"step {first_bad}: the loss or the norm of the gradient")
+
+    def _skip_unless(self, is_finite: Tensor, step: int, optimizer: Any) -> None:
         if self._first_bad is None:
             self._first_bad = torch.full((), -1, dtype=torch.int64, device=is_finite.device)
         is_first = ~is_finite & (self._first_bad < 0)
