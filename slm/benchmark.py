@@ -105,7 +105,7 @@ def train_bare(argv: list[str]) -> None:
         hidden = transformer(tokens.to(device)).flatten(0, 1)  # (BT, D)
         return model.loss(hidden, targets.flatten())
 
-    optimizer = build_optimizer(transformer, model.hparams, fused=autocast != "float16")
+    optimizer = build_optimizer(transformer, model.hparams, fused=None if autocast == "float16" else True)
     train_in_turns(
         transformer, loss_of, optimizer, lambda: next(batches), getattr(torch, autocast) if autocast else None
     )
@@ -146,7 +146,9 @@ class Contestant:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.startswith("{"):  # what it was asked for instead, as by --help; or nothing, and it has said why
-            print(line, self.process.communicate()[0], sep="", end="")
+            assert self.process.stdin is not None
+            self.process.stdin.close()  # it may wait for a round
+            print(line, self.process.stdout.read(), sep="", end="")
             if self._said is not None:
                 self._said.seek(0)
                 print(self._said.read().decode(errors="replace"), file=sys.stderr, end="")

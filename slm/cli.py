@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(argv: Sequence[str], progress: Progress) -> None:
     """From a command line to a trained model: settings, model, data, Trainer, fit, report.
 
-    The other subcommands take the same way as far as the Trainer, which then evaluates.
+    Without a subcommand it is `fit`; `validate`, `test` and `predict` go the same way as far as the Trainer, which then
+    evaluates. Model and data are made of the classes that `--model` and `--data` name and of their flags. Device and
+    precision are flags of the Trainer: `--trainer.accelerator`, `--trainer.devices` and `--trainer.precision`.
     """
     command = read_command(argv)
     seed_everything(command.settings.seed_everything)

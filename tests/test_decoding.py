@@ -9,8 +9,8 @@ from conftest import likeliest, small_model
 from torch import Tensor
 
 from slm.errors import InputError
-from slm.model.sampling import Sampler, decode, draw_by_a_race, draw_from_sums
-from slm.model.transformer import CausalSelfAttention, KVCache, Transformer, without_call_overhead
+from slm.model.sampling import Sampler, decode, draw_by_a_race, draw_from_sums, without_call_overhead
+from slm.model.transformer import CausalSelfAttention, KVCache, Transformer
 
 
 def window_after(tokens: list[int], num_given: int, max_seq_len: int) -> list[int]:

@@ -50,7 +50,7 @@ def test_under_a_gradient_scaler_none_is_fused_so_that_clipping_sees_the_true_gr
         small_model(), max_steps=3, plugins=[scaled(1024.0)], callbacks=[steps], limit_val_batches=0,
         gradient_clip_val=1e-2,
     )  # fmt: skip
-    assert [group["fused"] for group in trainer.optimizers[0].param_groups] == [False, False]
+    assert [group["fused"] for group in trainer.optimizers[0].param_groups] == [None, None]
     assert steps.norms == pytest.approx([1e-2] * len(steps.norms), rel=1e-2)
 
 

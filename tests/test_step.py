@@ -130,7 +130,7 @@ class Unseen(Callback):
     """Lets the guard look at logged steps alone, as on a GPU."""
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        pl_module._guard = FiniteGuard(is_free=False)
+        pl_module._guard = FiniteGuard(raises_at_once=False)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])

@@ -3,26 +3,29 @@
 B batch, T time, V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slm.errors import check
-from slm.model.transformer import Transformer, without_call_overhead
+from slm.model.transformer import Transformer
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 SMALLEST_TEMPERATURE = 1e-30
-"""Logits divided by less are no longer finite; divided by this, the likeliest token has all of the probability."""
+"""Logits divided by less may no longer be finite; divided by this, the likeliest token has all of the probability."""
 
 
 @torch.inference_mode()
 def decode(transformer: Transformer, tokens: Tensor, choose: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """The tokens (B,) that go on from tokens (B, T) of at least one position, one after another, without end.
 
-    The network reads at most `max_seq_len` tokens. When a sequence grows longer, the caches are dropped and
-    the last half of it is read again, from position 0: each token is so read twice at most, and no token is chosen from
-    fewer than half of `max_seq_len`. Of a longer beginning, the last `max_seq_len` tokens are read.
+    The network reads the last `max_seq_len` tokens of the beginning. When the sequence grows longer than that, the
+    caches are dropped and its last half is read again, from position 0: so each token is read at most twice.
 
     Args:
         transformer: the network.
@@ -43,12 +46,32 @@ def decode(transformer: Transformer, tokens: Tensor, choose: Callable[[Tensor], 
             caches = transformer.new_caches()
 
 
+def without_call_overhead(module: _Module) -> _Module:
+    """A twin of a module in eval mode, with the same weights, whose calls cost nothing but its `forward`.
+
+    Calling an `nn.Module` looks for hooks, and reading its weights goes through `__getattr__`: with one sequence of a
+    small network that takes as long as the arithmetic. The twin is of a subclass whose `__call__` is `forward`, and
+    holds weights and children as plain attributes.
+    """
+    kind: type[Any] = type(module)
+    twin: Any = object.__new__(_twin_class(kind))  # type: ignore[arg-type]
+    children = {name: without_call_overhead(child) for name, child in module.named_children()}
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    twin.__dict__ = {**module.__dict__, **tensors, **children, "_modules": children, "training": False}
+    return cast(_Module, twin)
+
+
+@functools.cache
+def _twin_class(kind: type[Any]) -> Any:
+    return type(kind.__name__, (kind,), {"__call__": kind.forward})
+
+
 class Sampler:
     """Chooses the next token of each sequence: the likeliest at a temperature of 0, else one is drawn.
 
     Args:
         temperature: what the logits are divided by.
-        top_k: how many of the likeliest tokens are left to draw from; None for all.
+        top_k: how many of the likeliest tokens are left to draw from, and those as likely as the last; None for all.
         top_p: share of the probability that is left, in the likeliest tokens that together have it (Holtzman et al.,
             2020, "The Curious Case of Neural Text Degeneration").
         seed: of the first sequence; the others have the numbers that follow, so that what is drawn for one does not
@@ -71,6 +94,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Tokens (B,) from logits (B, V), on their device; raises InputError where these are not finite."""
+        assert len(logits) == len(self._seeds)
         if self.temperature == 0:
             likeliest = logits.max(-1)
             _check_finite(likeliest.values)

@@ -6,20 +6,16 @@ The mathematics is that of GPT-2 (Radford et al., 2019, "Language Models are Uns
 weights fit one to one.
 """
 
-import functools
-import inspect
 import math
 from collections.abc import Sequence
 from itertools import repeat
-from typing import Any, ClassVar, TypeVar, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm.errors import InputError, check
-
-_Module = TypeVar("_Module", bound=nn.Module)
 
 PLAIN_UP_TO = 256
 PLAIN_UP_TO_IN_32_BITS = 64
@@ -146,7 +142,7 @@ def causal_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def causal_mask(seq_len: int, all_len: int, device: torch.device) -> Tensor:
-    """Which of all S positions each of the last T attends to, (T, S): those up to itself. Only generation needs it."""
+    """Which of all S positions each of the last T attends to, (T, S), where a cache holds the others."""
     return torch.ones(seq_len, all_len, dtype=torch.bool, device=device).tril(all_len - seq_len)
 
 
@@ -202,8 +198,7 @@ class Transformer(nn.Module):
         dropout: probability of dropping a value, in embedding, attention and residual branches.
 
     Raises:
-        InputError: a size that is not a positive whole number, heads that do not divide the embedding, a dropout
-            outside [0, 1).
+        InputError: a size below 1, heads that do not divide the embedding, a dropout outside [0, 1).
     """
 
     changeable_options: ClassVar[frozenset[str]] = frozenset({"dropout"})
@@ -264,6 +259,12 @@ class Transformer(nn.Module):
             InputError: there are more tokens than `max_seq_len`.
         """
         start = caches[0].length if caches else 0
+        end = start + tokens.shape[1]
+        if end > self.max_seq_len:
+            raise InputError(
+                f"a sequence of {end} tokens is longer than max_seq_len={self.max_seq_len}: "
+                "shorten it, or train a model with a larger max_seq_len"
+            )
         x = self.dropout(self.embed(tokens, start))  # (B, T, D)
         for block, cache in zip(self.blocks, caches or repeat(None), strict=False):
             x = block(x, cache)
@@ -271,13 +272,8 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """The embedding (B, T, D) of tokens (B, T) and of their positions, of which the first is `start`."""
-        end = start + tokens.shape[1]
-        if end > self.max_seq_len:
-            raise InputError(
-                f"a sequence of {end} tokens is longer than max_seq_len={self.max_seq_len}: "
-                "shorten it, or train a model with a larger max_seq_len"
-            )
-        return self.token_embedding(tokens) + self.position_embedding.weight[start:end]
+        positions = self.position_embedding.weight[start : start + tokens.shape[1]]  # (T, D)
+        return self.token_embedding(tokens) + positions
 
     def new_caches(self) -> list[KVCache]:
         """Empty caches for `forward`, in which it keeps the keys and values of the tokens that it has seen."""
@@ -291,36 +287,3 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer: hidden states (..., D) to logits (..., V)."""
         return F.linear(hidden, self.output_weight)
-
-
-def parameters_of(kind: type[Any]) -> dict[str, inspect.Parameter]:
-    """The arguments of a class by name: its constructor's and, where that passes on `**options`, those of its bases."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in kind.__mro__:
-        if "__init__" in vars(base):
-            parameters = list(inspect.signature(vars(base)["__init__"], eval_str=True).parameters.values())[1:]
-            named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-            found = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in named} | found
-            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-                break
-    return found
-
-
-def without_call_overhead(module: _Module) -> _Module:
-    """A twin of a module in eval mode, with the same weights, whose calls cost nothing but its `forward`.
-
-    Calling an `nn.Module` looks for hooks, and reading its weights goes through `__getattr__`: with one sequence of a
-    small network that takes as long as the arithmetic. The twin is of a subclass whose `__call__` is `forward`, and
-    holds weights and children as plain attributes.
-    """
-    kind: type[Any] = type(module)
-    twin: Any = object.__new__(_twin_class(kind))  # type: ignore[arg-type]
-    children = {name: without_call_overhead(child) for name, child in module.named_children()}
-    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-    twin.__dict__ = {**module.__dict__, **tensors, **children, "_modules": children, "training": False}
-    return cast(_Module, twin)
-
-
-@functools.cache
-def _twin_class(kind: type[Any]) -> Any:
-    return type(kind.__name__, (kind,), {"__call__": kind.forward})

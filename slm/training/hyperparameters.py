@@ -1,5 +1,6 @@
-"""What values the hyper-parameters of the training may have."""
+"""What options a model has, and what values those of the training may have."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,19 @@ import torch
 
 from slm.errors import check
 from slm.training.optimizers import OPTIMIZERS
+
+
+def parameters_of(kind: type[Any]) -> dict[str, inspect.Parameter]:
+    """The arguments of a class by name: its constructor's and, where that passes on `**options`, those of its bases."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            parameters = list(inspect.signature(vars(base)["__init__"], eval_str=True).parameters.values())[1:]
+            named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            found = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in named} | found
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+    return found
 
 
 def check_ranges(hparams: Mapping[str, Any]) -> None:

@@ -16,8 +16,8 @@ from torchmetrics import SumMetric
 from slm.errors import check
 from slm.hardware import check_can_compile, compile_mode, tell_compiled_code_by_its_vectors
 from slm.model.loss import linear_cross_entropy, sum_and_correct
-from slm.model.transformer import Transformer, parameters_of
-from slm.training.hyperparameters import check_ranges
+from slm.model.transformer import Transformer
+from slm.training.hyperparameters import check_ranges, parameters_of
 from slm.training.optimizers import build_optimizer, cosine_rate, num_steps, stepped_by
 from slm.training.step import FiniteGuard, Step, is_logged
 
@@ -38,7 +38,7 @@ class LanguageModel(LightningModule):
         warmup_steps: optimizer steps over which the learning rate first rises from 0, under `cosine`.
         plateau_factor: what the learning rate is multiplied by when the validation loss stalls.
         plateau_patience: validations without improvement that are waited for before that.
-        min_learning_rate: the lowest; no schedule goes below it.
+        min_learning_rate: down to which a schedule lowers the learning rate.
         compile: whether to train through torch.compile, which needs a C++ compiler or, on a GPU, Triton.
         options: those of the network.
 
@@ -70,7 +70,7 @@ class LanguageModel(LightningModule):
         self.loss_sum = SumMetric(nan_strategy="disable")
         self.num_correct = SumMetric(nan_strategy="disable")
         self.num_tokens = SumMetric(nan_strategy="disable")
-        self._step, self._guard = Step(), FiniteGuard(is_free=True)
+        self._step, self._guard = Step(), FiniteGuard(raises_at_once=True)
         self._num_steps = math.inf  # not known before the training begins
 
     @classmethod
@@ -93,13 +93,16 @@ class LanguageModel(LightningModule):
         return self.transformer.logits(self.transformer(tokens))
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """What training minimizes: the mean cross-entropy, in nats, of hidden states (N, D) and targets (N,)."""
+        """What training minimizes: the mean cross-entropy, in nats, of hidden states (N, D) and targets (N,).
+
+        Validation and test measure the cross-entropy whatever a subclass minimizes, so that models compare.
+        """
         return linear_cross_entropy(hidden, self.transformer.output_weight, targets)
 
     # ---- training
 
     def on_train_start(self) -> None:
-        self._step, self._guard = Step(), FiniteGuard(is_free=self.device.type == "cpu")
+        self._step, self._guard = Step(), FiniteGuard(raises_at_once=self.device.type == "cpu")
         if isinstance(schedule := self.lr_schedulers(), LambdaLR):
             self._num_steps = num_steps(self.trainer)  # of a resumed run it may have changed
             schedule.last_epoch = self.trainer.global_step
@@ -192,7 +195,7 @@ class LanguageModel(LightningModule):
 
     def configure_optimizers(self) -> Any:
         hparams = self.hparams
-        optimizer = build_optimizer(self.transformer, hparams, fused=self._scaler is None)
+        optimizer = build_optimizer(self.transformer, hparams, fused=True if self._scaler is None else None)
         if hparams["schedule"] == "cosine":
             for group in optimizer.param_groups:
                 group["lr"] = 1.0  # which LambdaLR multiplies by what follows, the learning rate itself

@@ -19,13 +19,13 @@ SMALLEST_NORM = 1e-7
 """A gradient is divided by its norm, or by this: one that is all but 0 makes no whole step."""
 
 
-def build_optimizer(network: nn.Module, hparams: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
+def build_optimizer(network: nn.Module, hparams: Mapping[str, Any], fused: bool | None) -> torch.optim.Optimizer:
     """The optimizer that `hparams["optimizer"]` names; matrices decay, biases and norms do not.
 
     Args:
         network: its parameters are stepped.
         hparams: `optimizer`, `learning_rate` and `weight_decay`.
-        fused: whether one kernel steps all parameters that AdamW, Adam or SGD steps.
+        fused: True for one kernel that steps all parameters of AdamW, Adam or SGD; None for torch's choice of others.
     """
     parameters = list(network.parameters())
     decayed = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": hparams["weight_decay"]}
@@ -61,13 +61,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrices: the parameter group that Muon steps; of more than two dimensions, the last two are a matrix.
         others: the parameter groups that AdamW steps.
         lr: the learning rate of all of them.
-        fused: whether one kernel does AdamW's step.
+        fused: of AdamW's step, as in `build_optimizer`.
     """
 
     found_inf: Tensor | None = None
     """1.0 to skip this step, as torch's fused optimizers read it; None means 0.0."""
 
-    def __init__(self, matrices: dict[str, Any], others: list[dict[str, Any]], lr: float, fused: bool) -> None:
+    def __init__(self, matrices: dict[str, Any], others: list[dict[str, Any]], lr: float, fused: bool | None) -> None:
         self._adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), fused=fused)
         super().__init__([{"lr": lr, "weight_decay": 0.0, **matrices}, *self._adamw.param_groups], {})
         self._share()

@@ -59,11 +59,11 @@ class FiniteGuard:
     torch's fused optimizers read on the device, and the error is raised when `look` is next called.
 
     Args:
-        is_free: whether looking at a value costs nothing.
+        raises_at_once: whether looking at a value costs nothing, as on a CPU.
     """
 
-    def __init__(self, is_free: bool) -> None:
-        self.is_free = is_free
+    def __init__(self, raises_at_once: bool) -> None:
+        self.raises_at_once = raises_at_once
         self._first_bad: Tensor | None = None
 
     def check(
@@ -73,12 +73,12 @@ class FiniteGuard:
         step: int,
         scaler: torch.amp.GradScaler | None,
         optimizer: torch.optim.Optimizer,
-        is_looking: bool,
+        may_wait: bool,
     ) -> None:
         """Raise NotFiniteError, or have the step skipped, where the loss or its gradient is not finite.
 
-        With a GradScaler, a gradient that overflows is the scaler's: it skips the step and halves its scale. A loss
-        that is not finite makes the gradient so, and is skipped with it.
+        With a GradScaler, a gradient that overflows is left to it: it skips the step and halves its scale. It skips a
+        loss that is not finite in the same way, which a GPU then tells only where that very step is waited for.
 
         Args:
             loss: of the step.
@@ -86,14 +86,14 @@ class FiniteGuard:
             step: its number, counted from 0.
             scaler: of float16, if any.
             optimizer: which is about to take the step.
-            is_looking: whether to wait for a GPU and raise now.
+            may_wait: whether to wait for a GPU and raise now.
         """
         is_finite = torch.isfinite(loss + norm)
-        if scaler is None and not self.is_free:
+        if scaler is None and not self.raises_at_once:
             self._skip_unless(is_finite, step, optimizer)
-            if is_looking:
+            if may_wait:
                 self.look()
-        elif (is_looking or self.is_free) and not is_finite:
+        elif (may_wait or self.raises_at_once) and not is_finite:
             if not torch.isfinite(loss):
                 raise NotFiniteError(f"step {step}: the loss, {loss.item()},")
             if scaler is None or scaler.get_scale() <= 1:
