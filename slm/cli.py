@@ -44,7 +44,7 @@ def train(argv: Sequence[str], progress: Progress) -> None:
     seed_everything(command.settings.seed_everything)
     model = command.new_model()
     data = command.new_data(model)
-    settings = command.instantiate()
+    settings = command.instantiate()  # with callbacks, loggers and plugins made
     check_trainer(vars(settings.trainer))
     if command.start.content:
         take_over_weights(command, model, data)
@@ -69,7 +69,7 @@ def train(argv: Sequence[str], progress: Progress) -> None:
 
 
 def take_over_weights(command: Command, model: LanguageModel, data: TokenData) -> None:
-    """Give model and data what the checkpoint holds, but for what the Trainer will load."""
+    """Give the data the checkpoint's tokenizer, and the model its weights unless the Trainer will load them."""
     start = command.start
     assert start.path is not None
     if command.ckpt_path is None:
@@ -81,7 +81,8 @@ def take_over_weights(command: Command, model: LanguageModel, data: TokenData) -
 
 def check_that_it_trained(command: Command, trainer: Trainer, folder: RunFolder | None) -> None:
     """Raise InputError for a new run without a step; say so where a run that goes on had nothing left to do."""
-    is_new, done_before = folder is None or folder.is_new, command.start.steps
+    is_new = folder is None or folder.is_new
+    done_before = command.start.steps
     if is_new and trainer.global_step == 0:
         raise InputError("no step was trained: ask for one with --trainer.max_epochs, max_steps or max_time")
     if trainer.global_step == done_before:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from slm import LanguageModel
 from slm.data import TokenData
-from slm.model.transformer import CausalSelfAttention, Transformer, gelu
+from slm.model.functional import gelu
+from slm.model.transformer import CausalSelfAttention, Transformer
 
 
 class RotaryAttention(CausalSelfAttention):

@@ -79,9 +79,9 @@ SMALL = [
 SETTINGS = {
     "epochs": [*SMALL, "--trainer.val_check_interval=1.0", "--data.num_workers=1"],
     "validations": [*SMALL, "--data.num_workers=0"],
-    # 45 batches an epoch: the last window is partial, and every other validation falls inside one
+    # 45 batches an epoch: its last step is of one
     "accumulation": [
-        *SMALL, "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=5", "--data.num_tokens=25600",
+        *SMALL, "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=6", "--data.num_tokens=25600",
         "--data.num_workers=2",
     ],
     "sgd, 32 bits": [*SMALL, "--model.optimizer=sgd", "--trainer.precision=32-true", "--trainer.max_steps=90"],
@@ -115,13 +115,13 @@ class Trace(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.file = os.open("trace", os.O_WRONLY | os.O_APPEND)
-        healthy = pl_module.training_step
+        healthy: Any = pl_module.loss
 
         def poisoned(*args: Any) -> Any:
             return healthy(*args) + (torch.nan if trainer.global_step == self.poisoned_step else 0)
 
         if self.poison == "loss":
-            pl_module.training_step = poisoned
+            pl_module.loss = poisoned  # type: ignore[assignment]
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.poison == "gradient" and trainer.global_step == self.poisoned_step:

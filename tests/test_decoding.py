@@ -93,6 +93,19 @@ def test_the_twin_without_the_cost_of_calls_computes_the_same_with_the_same_weig
         assert "weight" not in vars(part) or vars(part)["weight"] is not None
 
 
+def test_a_module_that_stands_at_two_places_is_used_at_both_by_the_twin() -> None:
+    transformer, tokens = network().eval(), torch.randint(20, (2, 12))
+    transformer.blocks[1] = transformer.blocks[0]
+    transformer.blocks[0].unused = None
+    assert torch.equal(without_call_overhead(transformer)(tokens), transformer(tokens))
+
+
+def test_caches_that_are_fewer_than_the_blocks_are_no_way_past_these() -> None:
+    transformer = network().eval()
+    with pytest.raises(ValueError, match="shorter"):
+        transformer(torch.randint(20, (2, 4)), transformer.new_caches()[:1])
+
+
 def test_tokens_are_drawn_with_their_probabilities() -> None:
     logits = 2 * torch.randn(1, 20, generator=torch.Generator().manual_seed(1))
     drawn = Sampler(temperature=0.7, batch_size=4000)(logits.expand(4000, 20))

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slm.errors import InputError
-from slm.model import transformer
-from slm.model.transformer import Block, CausalSelfAttention, FeedForward, Transformer, drop
+from slm.model import functional
+from slm.model.functional import drop
+from slm.model.transformer import Block, CausalSelfAttention, FeedForward, Transformer
 
 SIZES = {
     "vocab_size": 50,
@@ -171,13 +172,13 @@ def test_a_sequence_above_max_seq_len_is_refused_with_both_numbers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("seq_len", [1, 7, transformer.PLAIN_UP_TO_IN_32_BITS + 1, transformer.PLAIN_UP_TO + 1])
+@pytest.mark.parametrize("seq_len", [1, 7, functional.PLAIN_UP_TO_IN_32_BITS + 1, functional.PLAIN_UP_TO + 1])
 def test_attention_is_that_of_torch_in_value_and_gradients_however_it_is_computed(
     seq_len: int, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     given = [torch.randn(2, 3, seq_len, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
-    ours = transformer.causal_attention(*given, dropout=0.0)
+    ours = functional.causal_attention(*given, dropout=0.0)
     with sdpa_kernel(SDPBackend.MATH):
         fused = F.scaled_dot_product_attention(*given, is_causal=True)
     torch.testing.assert_close(ours, fused, rtol=1e-5, atol=1e-6)
@@ -186,11 +187,11 @@ def test_attention_is_that_of_torch_in_value_and_gradients_however_it_is_compute
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("seq_len", [8, transformer.PLAIN_UP_TO + 1])
+@pytest.mark.parametrize("seq_len", [8, functional.PLAIN_UP_TO + 1])
 def test_dropout_reaches_the_attention_weights(seq_len: int) -> None:
     torch.manual_seed(0)
     q, k = (torch.randn(1, 1, seq_len, 4) for _ in range(2))
-    summed = transformer.causal_attention(q, k, torch.ones(1, 1, seq_len, 4), dropout=0.5)
+    summed = functional.causal_attention(q, k, torch.ones(1, 1, seq_len, 4), dropout=0.5)
     assert summed[..., 0, :].unique().item() in (0.0, 2.0)
     assert summed.std() > 0.01
 
@@ -198,7 +199,7 @@ def test_dropout_reaches_the_attention_weights(seq_len: int) -> None:
 @pytest.mark.slow
 def test_compiled_the_activation_is_the_same_in_value_and_gradient() -> None:
     x = torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
-    outputs = torch.compile(transformer.gelu, backend="aot_eager")(x), F.gelu(x, approximate="tanh")
+    outputs = torch.compile(functional.gelu, backend="aot_eager")(x), F.gelu(x, approximate="tanh")
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(output.sum(), x)[0] for output in outputs]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)

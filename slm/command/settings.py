@@ -59,6 +59,11 @@ class Start:
         """Whether a run goes on in its own folder, from a checkpoint."""
         return self.run is not None and self.path is not None
 
+    def release_content(self) -> dict[str, Any]:
+        """The content, which from here on is held by the caller alone."""
+        content, self.content = self.content, {}
+        return content
+
     def flags(self) -> list[str]:
         """Its settings, for a parser."""
         given = self.config or (json.dumps(self.settings) if self.settings else None)
@@ -335,7 +340,7 @@ def _keep_shapes(settings: Namespace, start: Start, model_class: type[LanguageMo
     assert start.path is not None
     settings.init_from = str(start.path.absolute())
     stored, defaults = start.content["hyper_parameters"], model_class.network_options()
-    for name in sorted(model_class.tied_options()):
+    for name in sorted(model_class.fixed_options()):
         has, asked = stored.get(name, defaults[name]), settings.model[name]
         by_flag = _look_for([f"--model.{name}"], flags)[0][f"model.{name}"]
         check(

@@ -91,7 +91,7 @@ def new_trainer(command: Command, settings: Namespace, folder: RunFolder | None)
     """The Trainer as asked for, with the project's callbacks, and its places in the run's folder.
 
     Args:
-        command: what is to be done. It gives away the content of its checkpoint, so that this is read once.
+        command: what is to be done. The content of its checkpoint is released to the Trainer.
         settings: those of the command, with callbacks, loggers and plugins made.
         folder: of the run; None where nothing is kept.
 
@@ -100,7 +100,7 @@ def new_trainer(command: Command, settings: Namespace, folder: RunFolder | None)
     """
     asked = vars(settings.trainer)
     run = None if folder is None else folder.path
-    content, command.start.content = command.start.content, {}
+    content = command.start.release_content()
     shows_bar = asked["enable_progress_bar"] is not False and command.subcommand != "predict"
     is_resumed = folder is not None and not folder.is_new
     ours = {

@@ -23,13 +23,13 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 5 * 2**20
 CHUNK_ELEMENTS_ON_A_GPU = 2**27
-"""Size R x V of each of the two buffers. With a large vocabulary R is D all the same, and the buffers are larger.
+"""Size R x V of each of the two buffers. R is never less than D: with a large vocabulary the buffers are larger.
 
 Each chunk adds to the whole gradient of the weight, so fewer rows cost more than they save: with a vocabulary of
 128,000 the output layer took 2.8 s a step in chunks of 40 rows, 1.8 in chunks of 128, 1.4 in chunks of 512 (as above).
 """
 LARGEST_CHUNK = 8192
-"""Most rows of a chunk: a sum of more gradients could exceed 65,504, the largest number in float16."""
+"""Most rows of a chunk: the gradient of the weight sums one term a row, and in float16 must stay below 65,504."""
 COLUMNS_ON_A_GPU = 64
 """On a GPU the vocabulary is padded to a multiple of this, so that every row of the logits is well aligned."""
 

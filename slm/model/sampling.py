@@ -55,8 +55,10 @@ def without_call_overhead(module: _Module) -> _Module:
     """
     kind: type[Any] = type(module)
     twin: Any = object.__new__(_twin_class(kind))  # type: ignore[arg-type]
-    children = {name: without_call_overhead(child) for name, child in module.named_children()}
-    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    children = {
+        name: None if child is None else without_call_overhead(child) for name, child in module._modules.items()
+    }
+    tensors = {**module._parameters, **module._buffers}
     twin.__dict__ = {**module.__dict__, **tensors, **children, "_modules": children, "training": False}
     return cast(_Module, twin)
 
@@ -130,7 +132,7 @@ def draw_from_sums(probabilities: Tensor, generators: Sequence[torch.Generator])
 
 
 def draw_by_a_race(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """The same without running sums: each token waits an exponential time at this rate, and the first one is taken."""
+    """The same without running sums: of exponential times over probabilities, the shortest is drawn that often."""
     _check_finite(probabilities.sum(-1))
     times = torch.empty_like(probabilities)
     for row, generator in zip(times, generators, strict=True):

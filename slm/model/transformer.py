@@ -8,7 +8,6 @@ weights fit one to one.
 
 import math
 from collections.abc import Sequence
-from itertools import repeat
 from typing import ClassVar
 
 import torch
@@ -16,17 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm.errors import InputError, check
-
-PLAIN_UP_TO = 256
-PLAIN_UP_TO_IN_32_BITS = 64
-"""Longest sequence for which a CPU computes attention as it is written, with torch's fused kernel being slower.
-
-The second is for float32 without dropout, where the kernel is faster sooner. Measured on two cores, 4,096 tokens,
-forward and backward in ms, as written against the kernel. With AVX512-bf16 (torch 2.13), 4 heads of 32, in bf16: 10 and
-26 at 128, 14 and 23 at 256, 82 and 39 at 1,024. With AVX2 alone, 8 heads of 32, in float32: 14 and 15 at 64, 25 and 23
-at 128, 75 and 36 at 256; with dropout 20 and 37, 43 and 76, 119 and 171. Beyond 256 the scores (B, H, T, T) would also
-take more memory than all the rest.
-"""
+from slm.model.functional import causal_attention, drop, gelu
 
 
 class Dropout(nn.Module):
@@ -38,22 +27,6 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return drop(x, self.p if self.training else 0.0)
-
-
-def drop(x: Tensor, p: float) -> Tensor:
-    """Each value 0 with probability p, else divided by 1 - p (Srivastava et al., 2014).
-
-    On a CPU each value takes 16 random bits, to which p is rounded. That is three times as fast as torch's dropout,
-    whose random numbers would take half of a training step.
-    """
-    if p == 0.0:
-        return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    dropped = min(round(p * 2**16), 2**16 - 1)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return x * (kept.to(x.dtype) * (2**16 / (2**16 - dropped)))
 
 
 class ResidualLinear(nn.Linear):
@@ -95,7 +68,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        q, k, v = self.heads(x, cache.length if cache else 0)
+        q, k, v = self.heads(x, 0 if cache is None else cache.length)
         if cache is not None:
             k, v = cache.update(k, v)
         attended = causal_attention(q, k, v, self.attention_dropout if self.training else 0.0)
@@ -113,48 +86,6 @@ class CausalSelfAttention(nn.Module):
         heads = self.qkv(x).view(batch_size, seq_len, 3, self.num_heads, -1)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()
         return q, k, v
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Softmax of the scaled scores, times v: each position attends to itself and those before it.
-
-    Args:
-        q: (B, H, T, D / H), of the last T positions.
-        k: (B, H, S, D / H), of all S positions; v likewise.
-        dropout: probability of dropping a weight.
-    """
-    seq_len, all_len = q.shape[-2], k.shape[-2]
-    if seq_len < all_len:
-        mask = None if seq_len == 1 else causal_mask(seq_len, all_len, q.device)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
-    longest = PLAIN_UP_TO_IN_32_BITS if q.dtype == torch.float32 and dropout == 0 else PLAIN_UP_TO
-    if q.device.type != "cpu" or seq_len > longest:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    return drop(causal_weights(q, k), dropout) @ v
-
-
-def causal_weights(q: Tensor, k: Tensor) -> Tensor:
-    """How much each position attends to each one up to it, (B, H, T, T), of q and k (B, H, T, D / H)."""
-    seq_len = q.shape[-2]
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    future = torch.full((seq_len, seq_len), -math.inf, dtype=scores.dtype, device=scores.device).triu(1)
-    return (scores + future).softmax(-1)
-
-
-def causal_mask(seq_len: int, all_len: int, device: torch.device) -> Tensor:
-    """Which of all S positions each of the last T attends to, (T, S), where a cache holds the others."""
-    return torch.ones(seq_len, all_len, dtype=torch.bool, device=device).tril(all_len - seq_len)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GPT-2's tanh approximation of GELU (Hendrycks and Gimpel, 2016).
-
-    Compiled, with 1 + tanh u written as 2 sigmoid(2u), whose exponential is cheaper: on two cores with AVX512-bf16 the
-    compiled layers of the default model take 27.6 ms so, forward and backward, and 30.7 with tanh.
-    """
-    if torch.compiler.is_compiling():
-        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-    return F.gelu(x, approximate="tanh")
 
 
 class FeedForward(nn.Module):
@@ -202,7 +133,7 @@ class Transformer(nn.Module):
     """
 
     changeable_options: ClassVar[frozenset[str]] = frozenset({"dropout"})
-    """The options that may change after training; the weights are tied to all others."""
+    """The options that may change after training; the weights depend on all others."""
 
     def __init__(
         self,
@@ -266,7 +197,8 @@ class Transformer(nn.Module):
                 "shorten it, or train a model with a larger max_seq_len"
             )
         x = self.dropout(self.embed(tokens, start))  # (B, T, D)
-        for block, cache in zip(self.blocks, caches or repeat(None), strict=False):
+        of_each_block: Sequence[KVCache | None] = caches or [None] * len(self.blocks)
+        for block, cache in zip(self.blocks, of_each_block, strict=True):
             x = block(x, cache)
         return self.final_norm(x)
 

@@ -95,7 +95,7 @@ def check_applicable(stored: Mapping[str, Any], asked: Mapping[str, Any], kind: 
     One that the checkpoint does not know, because it came later, had its default.
     """
     defaults = {name: parameter.default for name, parameter in kind.signature().parameters.items()}
-    for name in (*sorted(kind.tied_options()), "optimizer", "schedule"):
+    for name in (*sorted(kind.fixed_options()), "optimizer", "schedule"):
         has = stored.get(name, defaults[name])
         check(
             has == asked[name],

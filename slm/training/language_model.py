@@ -33,11 +33,11 @@ class LanguageModel(LightningModule):
     Args:
         learning_rate: the highest; it falls from here by the schedule.
         optimizer: AdamW, Adam, SGD with momentum 0.9, or Muon for the matrices inside the network.
-        weight_decay: on matrices only; biases and norms are not decayed.
+        weight_decay: on matrices and embeddings; biases and norms are not decayed.
         schedule: `plateau` lowers the learning rate when the validation loss stalls, `cosine` over the Trainer's steps.
-        warmup_steps: optimizer steps over which the learning rate first rises from 0, under `cosine`.
+        warmup_steps: optimizer steps over which the learning rate first rises from near 0, under `cosine`.
         plateau_factor: what the learning rate is multiplied by when the validation loss stalls.
-        plateau_patience: validations without improvement that are waited for before that.
+        plateau_patience: how many validations in a row may bring no improvement; the next one without lowers it.
         min_learning_rate: down to which a schedule lowers the learning rate.
         compile: whether to train through torch.compile, which needs a C++ compiler or, on a GPU, Triton.
         options: those of the network.
@@ -84,8 +84,8 @@ class LanguageModel(LightningModule):
         return {name: parameter.default for name, parameter in parameters_of(cls.network).items()}
 
     @classmethod
-    def tied_options(cls) -> set[str]:
-        """The options that trained weights are tied to."""
+    def fixed_options(cls) -> set[str]:
+        """The options that trained weights depend on, and that therefore cannot change."""
         return cls.network_options().keys() - cls.network.changeable_options
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -104,8 +104,8 @@ class LanguageModel(LightningModule):
     def on_train_start(self) -> None:
         self._step, self._guard = Step(), FiniteGuard(raises_at_once=self.device.type == "cpu")
         if isinstance(schedule := self.lr_schedulers(), LambdaLR):
-            self._num_steps = num_steps(self.trainer)  # of a resumed run it may have changed
-            schedule.last_epoch = self.trainer.global_step
+            self._num_steps = num_steps(self.trainer)  # a resumed run may have been given another end
+            schedule.last_epoch = self.trainer.global_step  # which counts steps here
             for group in schedule.optimizer.param_groups:
                 group["lr"] = self._cosine(schedule.last_epoch)
 
@@ -198,7 +198,7 @@ class LanguageModel(LightningModule):
         optimizer = build_optimizer(self.transformer, hparams, fused=True if self._scaler is None else None)
         if hparams["schedule"] == "cosine":
             for group in optimizer.param_groups:
-                group["lr"] = 1.0  # which LambdaLR multiplies by what follows, the learning rate itself
+                group["lr"] = 1.0  # LambdaLR multiplies it by `_cosine`, which gives the learning rate itself
             return [optimizer], [{"scheduler": LambdaLR(optimizer, self._cosine), "interval": "step"}]
         schedule = ReduceLROnPlateau(
             optimizer,
@@ -227,9 +227,9 @@ class LanguageModel(LightningModule):
             device = self.trainer.strategy.root_device.type
             check_can_compile(device)
             tell_compiled_code_by_its_vectors()
-            # a CUDA graph's next call overwrites its gradients: no graph where they are added up or shared between GPUs
-            can_replay = self.trainer.world_size == self.trainer.accumulate_grad_batches == 1
-            self.transformer.compile(mode=compile_mode(device, self.transformer) if can_replay else None)
+            # a CUDA graph's next call overwrites its gradients, which accumulation and other GPUs still need
+            can_use_graphs = self.trainer.world_size == self.trainer.accumulate_grad_batches == 1
+            self.transformer.compile(mode=compile_mode(device, self.transformer) if can_use_graphs else None)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuse an id outside the vocabulary while it is on the host, where the error can still name it."""

@@ -16,7 +16,7 @@ MOMENTUM = 0.95
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 """Of the Newton-Schulz iteration, as Jordan chose them."""
 SMALLEST_NORM = 1e-7
-"""A gradient is divided by its norm, or by this: one that is all but 0 makes no whole step."""
+"""A gradient is divided by its norm, or by this if it is larger: one that is nearly 0 makes a smaller step."""
 
 
 def build_optimizer(network: nn.Module, hparams: Mapping[str, Any], fused: bool | None) -> torch.optim.Optimizer:

@@ -45,7 +45,7 @@ class Step:
         return self._loss if self._weight == 1 else self._loss / self._weight
 
     def rescale(self, gradients: Sequence[Tensor], num_batches: int) -> None:
-        """Make the gradients, divided by `num_batches`, those of the mean loss over all tokens of the step."""
+        """Make the sum of the gradients, each divided by `num_batches`, that of the mean loss over all tokens."""
         if self._weight not in (0.0, float(num_batches)):
             for gradient in gradients:
                 gradient.mul_(num_batches / self._weight)

@@ -23,8 +23,9 @@ from slm.data.tokenizer import Tokenizer
 from slm.durable import replacing
 from slm.errors import NotWrittenError
 from slm.messages import say
+from slm.model.functional import causal_weights
 from slm.model.sampling import Sampler, decode
-from slm.model.transformer import CausalSelfAttention, causal_weights
+from slm.model.transformer import CausalSelfAttention
 from slm.run.resume import is_fitting
 
 LARGEST_SHARE_OF_TIME = 0.003
