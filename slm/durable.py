@@ -56,7 +56,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def give_usual_modes(folder: Path) -> None:
-    """Let who may read any new file read those in a new folder too; the writer of safetensors makes its own private."""
+    """Give the files of a folder the permissions of any new file: the safetensors library makes its own private."""
     probe = folder / f"mode{TEMPORARY}"
     probe.touch()
     mode = probe.stat().st_mode
@@ -69,7 +69,7 @@ def give_usual_modes(folder: Path) -> None:
 def lock(file: IO[str], waits: bool = False) -> None:
     """Hold the lock of a file until that is closed or this process ends; workers of it do not inherit the lock.
 
-    Where the file system has no locks, as NFS may not, that is said, and this goes on without.
+    Where the file system has no locks, as NFS may not, it says so and goes on without.
 
     Raises:
         BlockingIOError: another process holds it, and this one does not wait.

@@ -209,7 +209,7 @@ def explain_parser_error(message: str, known: Mapping[str, str], argv: Sequence[
 
 
 def _explain_missing_value(name: str, argv: Sequence[str]) -> str:
-    """For a flag whose value is missing, or looks like a flag; `name` may be but the group that it belongs to."""
+    """For a flag whose value is missing, or looks like a flag; `name` is the flag or the group that it belongs to."""
     for flag, value in zip(argv, [*argv[1:], ""], strict=True):
         if (flag == f"--{name}" or flag.startswith(f"--{name}.")) and (value.startswith("-") or not value):
             hint = f": one that begins with a dash is given as {flag}={value}" if value else ""

@@ -336,7 +336,7 @@ def _begin_with(init_from: str, runs: Path) -> Start:
 
 
 def _keep_shapes(settings: Namespace, start: Start, model_class: type[LanguageModel], flags: Sequence[str]) -> None:
-    """Give the model the options that the weights it begins with are tied to; raises InputError for another by flag."""
+    """Give the model the options that its first weights depend on; raises InputError where a flag asks for others."""
     assert start.path is not None
     settings.init_from = str(start.path.absolute())
     stored, defaults = start.content["hyper_parameters"], model_class.network_options()

@@ -70,13 +70,13 @@ def standard_streams() -> Iterator[None]:
 
 
 def print_only_messages() -> None:
-    """From here on, nothing that this process prints is what it was started for."""
+    """From here on this process prints only messages, and a failure to print one is ignored."""
     if (output := _output_of(sys.stdout)) is not None:
         output.is_optional = True
 
 
 def failure_to_print() -> OSError | None:
-    """Why a result could not be printed; None where all were."""
+    """The error that kept a result from being printed; None if there was none."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     output = _output_of(sys.stdout)
@@ -115,7 +115,7 @@ def _output_of(stream: Any) -> Output | None:
 
 
 def _occupy(descriptor: int) -> None:
-    """Open a standard descriptor that is closed, so that no file of ours gets its number and a child's output."""
+    """Open a standard descriptor that is closed: else the next file opened would get its number, and what is printed."""
     try:
         os.fstat(descriptor)
     except OSError:
@@ -126,7 +126,7 @@ def _occupy(descriptor: int) -> None:
 
 
 def _empty(stream: TextIO) -> None:
-    """Drop what a library's logger could not print; the interpreter would fail on it at its end."""
+    """Drop what a library's logger could not print: it would make the interpreter fail at its end."""
     try:
         stream.flush()
     except OSError:

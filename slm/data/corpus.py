@@ -47,17 +47,17 @@ class Facts:
     """What is known of a stream; None stands for what is not known."""
 
     num_tokens: int
-    """With those that close each document."""
+    """Tokens, those that close a document included."""
     typecode: str
-    """Of a token, as `array` has it."""
+    """Type of a token, as a code of the `array` module."""
     digest: str
-    """Of the tokens, in hexadecimal."""
+    """Hash of the tokens, in hexadecimal."""
     begun: int
     """When the reading of its text began, in nanoseconds of the file system's clock."""
     num_documents: int | None = None
-    """Those that are not empty."""
+    """Documents that are not empty."""
     num_bytes: int | None = None
-    """Of the text as UTF-8."""
+    """Bytes of the text as UTF-8."""
     num_replaced: int = 0
     """Places that were no text."""
     is_exact: bool = True

@@ -66,7 +66,7 @@ class ByteTokenizer:
         return torch.tensor([float(len(piece)) for piece in self.pieces])
 
     def dump(self) -> str:
-        """What `load_tokenizer` makes it of again."""
+        """A value from which `load_tokenizer` makes it again."""
         return "bytes"
 
 
@@ -148,7 +148,7 @@ class SubwordTokenizer:
         return None if self.pieces is None else torch.tensor([float(len(piece)) for piece in self.pieces])
 
     def dump(self) -> str:
-        """What `load_tokenizer` makes it of again: the JSON of the library."""
+        """The JSON of the library, from which `load_tokenizer` makes it again."""
         return self._content
 
     @cached_property

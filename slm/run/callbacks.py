@@ -132,7 +132,7 @@ class LastCheckpoint(Callback):
         self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep what was reached; a failure to do so is said beside the exception that ended the run."""
+        """Save what was reached; if that fails too, say so beside the exception that ended the run."""
         if isinstance(exception, KeyboardInterrupt):
             say(f"stopped at once: {self.path} is from before" if self.path.exists() else "stopped at once, unkept")
         is_meant = isinstance(exception, Stopped | KeyboardInterrupt)

@@ -89,7 +89,7 @@ def as_gpt2(model: LanguageModel, end_of_text: int | None) -> Any:
     """A `GPT2LMHeadModel` with the weights of a model.
 
     Args:
-        model: which it computes the same as.
+        model: that it is made of, and computes the same as.
         end_of_text: the id that closes a document, if there is one.
 
     Raises:

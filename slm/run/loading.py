@@ -1,4 +1,4 @@
-"""A checkpoint -> the model that it holds, and what of a model's options it is tied to."""
+"""A checkpoint -> the model that it holds, and the options that its weights depend on."""
 
 import importlib
 import sys
@@ -90,9 +90,9 @@ def model_named_in(content: Mapping[str, Any], path: Path) -> str | None:
 
 
 def check_applicable(stored: Mapping[str, Any], asked: Mapping[str, Any], kind: type[LanguageModel]) -> None:
-    """Raise InputError where options that a checkpoint is tied to differ from those asked for.
+    """Raise InputError where an option that the weights depend on is asked for with another value.
 
-    One that the checkpoint does not know, because it came later, had its default.
+    An option that came after the checkpoint was made had its default there.
     """
     defaults = {name: parameter.default for name, parameter in kind.signature().parameters.items()}
     for name in (*sorted(kind.fixed_options()), "optimizer", "schedule"):

@@ -47,8 +47,8 @@ class Position:
 class ExactResume(Callback):
     """Adds to every checkpoint where the run stands, with its random states, and brings a resumed run back there.
 
-    A checkpoint that is written between the batches of one step stands where that step began, since no weight has
-    changed after. Place this callback first, so that no other has acted on a batch before.
+    A checkpoint that is written between the batches of one step stands where that step began: no weight has changed
+    since. Place this callback first, so that no other has acted on a batch before it.
 
     Attributes:
         position: where a checkpoint written now would stand; None before the first batch.
@@ -93,7 +93,7 @@ class ExactResume(Callback):
                 is_unvalidated=is_validation_due(trainer),
             )
             self._random_states = None
-            # half done it stays until Lightning has logged it, after this hook
+            # is_between_steps stays False until Lightning has logged this step, after this hook
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_fitting(trainer):

@@ -35,7 +35,7 @@ class ProgressBar(TQDMProgressBar):
             self.train_progress_bar.initial = self.train_progress_bar.n = done
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Draw it ten times a second at most: a small model's step is over sooner than that is done."""
+        """Draw the bar at most ten times a second: drawing takes longer than a small model's step."""
         if trainer.global_step == 1 or is_logged(trainer, trainer.global_step):
             self._read(trainer)
         now = time.perf_counter()
@@ -48,7 +48,7 @@ class ProgressBar(TQDMProgressBar):
         close_bars(self)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Of the last logging step: to read them is to wait for the device, which no step in between has to."""
+        """Those of the last logging step: to read newer ones, every step would have to wait for the device."""
         if not trainer.training:
             self._read(trainer)
         return self._shown
@@ -77,7 +77,7 @@ class StepMonitor(Callback):
         self._learning_rate = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the steps that are done: an accumulation window that is not is trained again."""
+        """Of the steps that are done: a resumed run trains the batches of an unfinished one again."""
         return {"tokens": self._all_tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
