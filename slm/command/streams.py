@@ -115,7 +115,7 @@ def _output_of(stream: Any) -> Output | None:
 
 
 def _occupy(descriptor: int) -> None:
-    """Open a standard descriptor that is closed: else the next file opened would get its number, and what is printed."""
+    """Open a standard descriptor that is closed: else the next file opened would get its number and what is printed."""
     try:
         os.fstat(descriptor)
     except OSError:

@@ -51,7 +51,7 @@ class Facts:
     typecode: str
     """Type of a token, as a code of the `array` module."""
     digest: str
-    """Hash of the tokens, in hexadecimal."""
+    """BLAKE2b of the tokens, in hexadecimal."""
     begun: int
     """When the reading of its text began, in nanoseconds of the file system's clock."""
     num_documents: int | None = None
