@@ -113,6 +113,7 @@ def finish(command: Command, trainer: Trainer, model: LanguageModel, data: Token
 
 def evaluate(command: Command, trainer: Trainer, model: LanguageModel, data: TokenData) -> None:
     """Measure all held-out windows, or print the greedy next token of each, one a line."""
+    say(f"{command.subcommand}: {command.start.path}")
     if command.subcommand == "predict":
         check(trainer.world_size == 1, "predict prints the windows in their order: use --trainer.devices 1")
         predictions: Any = trainer.predict(model, data, ckpt_path=command.ckpt_path, weights_only=True)

@@ -151,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ckpt_path, accelerator = given.pop("ckpt_path"), given.pop("accelerator")
         settings = Settings(**given)
         writer = Writer(ckpt_path, accelerator)
+        if str(ckpt_path) in ("last", "best"):
+            say(f"{ckpt_path} is {writer.path}")
         for number, prompt in enumerate(prompts, start=1):
             _show(writer, prompt, settings, f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "")
         if not prompts:

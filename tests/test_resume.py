@@ -20,6 +20,7 @@ from jsonargparse import get_loader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import slm as package
+from slm import generate
 from slm.errors import InputError, NotWrittenError
 from slm.run import checkpoint as checkpoints
 from slm.run.checkpoint import newest_run, read_checkpoint, resolve_checkpoint
@@ -319,12 +320,20 @@ def test_an_evaluation_equals_the_closing_report_and_leaves_the_run_as_it_was(sl
 
 
 def test_predict_prints_the_greedy_next_token_of_each_held_out_window(slm: Run, trained: Path) -> None:
-    lines = slm("predict", "--ckpt_path=best").split()
+    output = slm("predict", "--ckpt_path=best").splitlines()
+    lines = [line for line in output if line.isdigit()]
+    assert [*lines, "predict: runs/version_0/checkpoints/best.ckpt"] == output
     data = package.data.DummyData(20, 16, num_tokens=2000, seed=3)
     data.setup()
     assert data.val_windows is not None
     tokens = torch.stack([data.val_windows[k][0] for k in range(len(data.val_windows))])
     assert [int(line) for line in lines] == package.load("best")(tokens)[:, -1].argmax(-1).tolist()
+
+
+def test_what_best_stands_for_is_said_beside_what_is_written(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    generate.main(["--ckpt_path=best", "--prompt=5", "--max_new_tokens=2"])
+    assert capsys.readouterr().err == "best is runs/version_0/checkpoints/best.ckpt\n"
 
 
 # ---- loading
