@@ -11,7 +11,10 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from slm.run import lightning_internals
 from slm.run.resume import ExactResume
 
-OF_TORCH = {"_is_avx512_bf16_supported", "_iterator", "_shutdown_workers", "_foreach_lerp", "_foreach_lerp_"}
+OF_TORCH = {
+    "_is_avx512_bf16_supported", "_iterator", "_shutdown_workers", "_foreach_lerp", "_foreach_lerp_",
+    "_modules", "_parameters", "_buffers",
+}  # fmt: skip
 
 
 def private_attributes(file: Path) -> set[str]:
