@@ -105,7 +105,7 @@ def train_bare(argv: list[str]) -> None:
         hidden = transformer(tokens.to(device)).flatten(0, 1)  # (BT, D)
         return model.loss(hidden, targets.flatten())
 
-    optimizer = build_optimizer(transformer, model.hparams, fused=None if autocast == "float16" else True)
+    optimizer = build_optimizer(transformer, model.hparams, fused=autocast != "float16")
     train_in_turns(
         transformer, loss_of, optimizer, lambda: next(batches), getattr(torch, autocast) if autocast else None
     )

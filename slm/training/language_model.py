@@ -195,7 +195,7 @@ class LanguageModel(LightningModule):
 
     def configure_optimizers(self) -> Any:
         hparams = self.hparams
-        optimizer = build_optimizer(self.transformer, hparams, fused=True if self._scaler is None else None)
+        optimizer = build_optimizer(self.transformer, hparams, fused=self._scaler is None)
         if hparams["schedule"] == "cosine":
             for group in optimizer.param_groups:
                 group["lr"] = 1.0  # LambdaLR multiplies it by `_cosine`, which gives the learning rate itself

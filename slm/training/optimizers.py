@@ -19,18 +19,18 @@ SMALLEST_NORM = 1e-7
 """A gradient is divided by its norm, or by this if it is larger: one that is nearly 0 makes a smaller step."""
 
 
-def build_optimizer(network: nn.Module, hparams: Mapping[str, Any], fused: bool | None) -> torch.optim.Optimizer:
+def build_optimizer(network: nn.Module, hparams: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
     """The optimizer that `hparams["optimizer"]` names; matrices decay, biases and norms do not.
 
     Args:
         network: its parameters are stepped.
         hparams: `optimizer`, `learning_rate` and `weight_decay`.
-        fused: True for one kernel that steps all parameters of AdamW, Adam or SGD; None for torch's choice of others.
+        fused: whether one kernel steps all parameters of AdamW, Adam or SGD; else torch chooses how.
     """
     parameters = list(network.parameters())
     decayed = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": hparams["weight_decay"]}
     others = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
-    settings: dict[str, Any] = {"lr": hparams["learning_rate"], "fused": fused}
+    settings: dict[str, Any] = {"lr": hparams["learning_rate"], "fused": fused or None}
     if hparams["optimizer"] == "adamw":
         return torch.optim.AdamW([decayed, others], **settings)
     if hparams["optimizer"] == "adam":
@@ -61,7 +61,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrices: the parameter group that Muon steps; of more than two dimensions, the last two are a matrix.
         others: the parameter groups that AdamW steps.
         lr: the learning rate of all of them.
-        fused: of AdamW's step, as in `build_optimizer`.
+        fused: of AdamW, as torch takes it.
     """
 
     found_inf: Tensor | None = None

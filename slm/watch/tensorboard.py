@@ -32,7 +32,7 @@ LARGEST_SHARE_OF_TIME = 0.003
 """What samples may cost of a run's time, and attention maps likewise. With what is shown at the end, that is 1 % of a
 run of a minute."""
 SECONDS_PER_MAP = 0.1
-"""What the map of one head is taken to cost before the first is drawn: about twice that on an idle CPU core."""
+"""What the map of one head is taken to cost before the first is drawn: twice what it does on an idle CPU core."""
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 16, 64
 ATTENDING_TOKENS = 16
 EMBEDDED_TOKENS = 500
