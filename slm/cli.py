@@ -10,15 +10,19 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from slm.command.exit_codes import command_name, ends_in_one_line
+from slm.command.launcher import count_devices, launch
 from slm.command.settings import Command, read_command
 from slm.command.streams import print_only_messages
 from slm.command.trainer import check_trainer, new_trainer
 from slm.data import TokenData
+from slm.data.token_data import check_shares
 from slm.errors import InputError, check
-from slm.hardware import keep_freed_memory
+from slm.hardware import accelerator_kind, keep_freed_memory
 from slm.messages import say, silence_notices
-from slm.run.checkpoint import RUNS, best_checkpoint, load_weights
+from slm.run.checkpoint import RUNS, best_checkpoint, load_weights, read_checkpoint
+from slm.run.control import Control
 from slm.run.folder import RunFolder
+from slm.run.processes import Processes, launched_processes
 from slm.run.signals import Progress, stopped_by_signals
 from slm.training.language_model import LanguageModel
 from slm.watch.report import closing_report, evaluated
@@ -30,27 +34,49 @@ def main(argv: Sequence[str] | None = None) -> None:
     silence_notices()
     keep_freed_memory()
     with ends_in_one_line(), stopped_by_signals() as progress:
-        train(list(sys.argv[1:] if argv is None else argv), progress)
+        processes = launched_processes()
+        control = progress.control = Control(processes)
+        processes.meet()
+        control.connect()
+        train(list(sys.argv[1:] if argv is None else argv), progress, is_own=argv is None)
 
 
-def train(argv: Sequence[str], progress: Progress) -> None:
+def train(argv: Sequence[str], progress: Progress, is_own: bool = False) -> None:
     """From a command line to a trained model: settings, model, data, Trainer, fit, report.
 
     Without a subcommand it is `fit`; `validate`, `test` and `predict` go the same way as far as the Trainer, which then
     evaluates. Model and data are made of the classes that `--model` and `--data` name and of their flags. Device and
-    precision are flags of the Trainer: `--trainer.accelerator`, `--trainer.devices` and `--trainer.precision`.
+    precision are flags of the Trainer: `--trainer.accelerator`, `--trainer.devices` and `--trainer.precision`. Several
+    devices are trained on by as many processes, which a launcher starts: this very command, where there is no other.
+
+    Args:
+        argv: the command line.
+        progress: is told how far it has come.
+        is_own: whether `argv` is what this process was started with.
     """
-    command = read_command(argv)
+    processes = progress.control.processes
+    command = read_command(argv, processes)
+    num_devices, num_nodes = count_devices(command.settings.trainer, processes)
+    check_shares(command.settings.data.init_args.batch_size, num_devices * num_nodes)
+    if num_devices * num_nodes > 1 and not processes.launcher:
+        check_trainer(vars(command.settings.trainer))
+        launch(num_devices, num_nodes, None if is_own else argv)
     seed_everything(command.settings.seed_everything)
     model = command.new_model()
     data = command.new_data(model)
     settings = command.instantiate()  # with callbacks, loggers and plugins made
+    if settings.trainer.devices == "auto":
+        settings.trainer.devices = num_devices
+    settings.trainer.num_nodes = num_nodes
     check_trainer(vars(settings.trainer))
     if command.start.content:
         take_over_weights(command, model, data)
-    data.setup()
+    with processes.first_on_each_node(", which prepares the text"):
+        data.setup()
+    check_same_everywhere(processes, data)
+    processes.open_group(accelerator_kind(str(settings.trainer.accelerator)))
     if command.subcommand != "fit":
-        evaluate(command, new_trainer(command, settings, None), model, data)
+        evaluate(command, new_trainer(command, settings, None, progress.control), model, data)
         return
 
     if not command.is_other_data_meant:
@@ -61,11 +87,25 @@ def train(argv: Sequence[str], progress: Progress) -> None:
     with nullcontext() if settings.trainer.fast_dev_run else RunFolder(command.start.run, runs, progress) as folder:
         if folder is not None:
             folder.prepare(command.start.training_state, command.text(), data.tokenizer, argv)
-        trainer = progress.trainer = new_trainer(command, settings, folder)
+        trainer = progress.trainer = new_trainer(command, settings, folder, progress.control)
         print_only_messages()
         trainer.fit(model, data, ckpt_path=command.ckpt_path, weights_only=True)
         check_that_it_trained(command, trainer, folder)
-        finish(command, trainer, model, data, folder)
+        finish(command, trainer, model, data, folder, processes)
+
+
+def check_same_everywhere(processes: Processes, data: TokenData) -> None:
+    """Say how the processes share a batch; raises InputError where one of them has other data than rank 0."""
+    fingerprints = processes.from_all(data.fingerprint)
+    other = next((rank for rank, one in enumerate(fingerprints) if one != fingerprints[0]), None)
+    if other is not None:
+        raise InputError(
+            f"rank {other} has other data than rank 0, by its fingerprint {fingerprints[other]}, not {fingerprints[0]}: "
+            "give every node the same files and flags"
+        )
+    if (world_size := processes.world_size) > 1:
+        batch_size = data.hparams["batch_size"]
+        say(f"{world_size} processes: each has {batch_size // world_size} of the {batch_size} windows in a batch")
 
 
 def take_over_weights(command: Command, model: LanguageModel, data: TokenData) -> None:
@@ -90,18 +130,28 @@ def check_that_it_trained(command: Command, trainer: Trainer, folder: RunFolder 
         say(f"nothing was left to do: the run had already done its {done_before} steps; ask for more as below")
 
 
-def finish(command: Command, trainer: Trainer, model: LanguageModel, data: TokenData, folder: RunFolder | None) -> None:
+def finish(
+    command: Command,
+    trainer: Trainer,
+    model: LanguageModel,
+    data: TokenData,
+    folder: RunFolder | None,
+    processes: Processes,
+) -> None:
     """Validate the best checkpoint, which adds no point to the curves, and print the report."""
     loggers, metrics = trainer.loggers, trainer.callback_metrics
-    run = trainer.strategy.broadcast(None if folder is None else folder.path)
+    run = None if folder is None else folder.path
     best = None if run is None else best_checkpoint(run)
-    has_best = best is not None and best.is_file()
+    has_best = processes.from_rank_zero(best is not None and best.is_file())
     reached: Mapping[str, Any] = metrics
     if has_best:
+        assert best is not None
         trainer.logger = None
         if trainer.progress_bar_callback is not None:
             trainer.progress_bar_callback.disable()
-        [reached] = trainer.validate(model, data, ckpt_path=str(best), verbose=False, weights_only=True)
+        if trainer.is_global_zero:
+            load_weights(model.transformer, read_checkpoint(best), best)
+        [reached] = trainer.validate(model, data, verbose=False)  # Lightning gives all processes rank 0's weights
     if run is not None:
         hparams = {**data.hparams, **model.hparams}
         loss = reached["val/loss"] if has_best else None

@@ -76,4 +76,9 @@ class _Silence(logging.Filter):
 @rank_zero_only
 def say(message: str) -> None:
     """Print a line on stderr, once, however many processes there are."""
+    say_here(message)
+
+
+def say_here(message: str) -> None:
+    """The same, from whichever process it is."""
     print(message, file=sys.stderr, flush=True)

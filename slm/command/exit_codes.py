@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from slm.command.streams import failure_to_print, standard_streams
 from slm.errors import InputError
 from slm.messages import say
+from slm.run.job import is_slurm_job, requeue
 from slm.run.signals import Stopped
-from slm.run.slurm import requeue, requeue_signals
 
 
 @contextmanager
@@ -58,7 +58,8 @@ def _status_of_every_ending() -> Iterator[None]:
             f"{stop}; go on with {command_name()} --ckpt_path {shlex.quote(str(stop.path))}" if stop.path else str(stop)
         )
         is_to_go_on = stop.path is not None or stop.step == 0
-        if stop.signum in requeue_signals() and is_to_go_on and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        is_near_its_end = is_slurm_job() and signal.Signals(stop.signum).name == "SIGUSR1"
+        if is_near_its_end and is_to_go_on and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             requeue()
         sys.exit(128 + stop.signum)
     except SIGTERMException:

@@ -17,8 +17,9 @@ from slm.errors import InputError, check
 from slm.messages import say
 from slm.paths import expand_paths
 from slm.run.checkpoint import RUNS, WEIGHTS_NAME, last_checkpoint, newest_run, open_checkpoint, resolve_checkpoint
+from slm.run.job import run_of_job
 from slm.run.loading import check_applicable, class_path_of, import_model, is_ours, model_named_in
-from slm.run.slurm import requeued_run
+from slm.run.processes import Processes
 from slm.training.language_model import LanguageModel
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -129,19 +130,19 @@ class Command:
         return self.parser.dump(settings)
 
 
-def read_command(argv: Sequence[str]) -> Command:
+def read_command(argv: Sequence[str], processes: Processes | None = None) -> Command:
     """Read a command line; `fit` is the subcommand where none is given.
 
     With `--ckpt_path`, `fit` goes on in the folder of the checkpoint's run, with its settings. An evaluation takes
     model, data and precision from there, and none of the limits on batches. A checkpoint outside a run's folder has
-    model and data settings in itself.
+    model and data settings in itself. Of several processes, rank 0 says which run is meant.
 
     Raises:
         InputError: a setting that is unknown or out of its range, an unreadable file of settings, an evaluation
             without checkpoint, a checkpoint that is missing, damaged or foreign or (`fit`) holds weights alone, other
             data than the run was trained on.
     """
-    asked = _asked(argv)
+    asked = _asked(argv, processes or Processes())
     start = _start(asked)
     model_class = _model_class(asked.model, start)
     parser = TrainingParser(model_class, asked.subcommand)
@@ -183,7 +184,7 @@ class _Asked:
     runs: Path
 
 
-def _asked(argv: Sequence[str]) -> _Asked:
+def _asked(argv: Sequence[str], processes: Processes) -> _Asked:
     for flag in argv:
         is_utf8 = flag == flag.encode(errors="ignore").decode()
         check(is_utf8, f"{os.fsencode(flag)!r} is not UTF-8: rename the file, or type it anew")
@@ -199,9 +200,10 @@ def _asked(argv: Sequence[str]) -> _Asked:
     models = models or _found(files, "model", "class_path")
     left = [*(f"--model={value}" for value in given["model"] if not _is_class(value)), *left]
     ckpt_paths, init_from = given["ckpt_path"], given["init_from"]
-    if subcommand == "fit" and (requeued := requeued_run(runs, argv)) is not None:
-        say(f"the job was requeued: it goes on in {requeued}")
-        ckpt_paths, init_from = [str(last_checkpoint(requeued))], []
+    run = run_of_job(runs, argv) if subcommand == "fit" else None
+    if (begun := processes.from_rank_zero(run and str(run))) is not None:
+        say(f"the job was started again: it goes on in {begun}")
+        ckpt_paths, init_from = [str(last_checkpoint(Path(begun)))], []
     elif subcommand == "fit" and not ckpt_paths:
         init_from = init_from or [content["init_from"] for content in files if content.get("init_from") is not None]
     return _Asked(subcommand, left, files, _last(ckpt_paths), _last(init_from), _last(models), runs)

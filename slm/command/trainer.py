@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -22,7 +22,10 @@ from slm.hardware import accelerator_kind, resolve_precision
 from slm.messages import say
 from slm.run.callbacks import BestCheckpoint, ConfigKeeper, LastCheckpoint, SelfContained
 from slm.run.checkpoint import DurableCheckpointIO
+from slm.run.control import Control
 from slm.run.folder import RunFolder
+from slm.run.lightning_internals import without_signals
+from slm.run.processes import Processes
 from slm.run.resume import ExactResume
 from slm.watch.monitor import KnownLimits, ProgressBar, StepMonitor
 from slm.watch.tensorboard import Watcher
@@ -46,13 +49,13 @@ AT_LEAST = {
     "reload_dataloaders_every_n_epochs": 0,
 }
 """The least value of the Trainer's numbers; -1 stands for no limit, or for all."""
+FSDP2 = "fsdp2"
 
 
 def check_trainer(asked: Mapping[str, Any]) -> None:
     """Raise InputError for what Lightning would not refuse, or only in the middle of a run."""
     accelerator_kind(str(asked["accelerator"]))
-    is_apart = any(word in str(asked["strategy"]) for word in ("fork", "spawn", "notebook"))
-    check(not is_apart, f"trainer.strategy={asked['strategy']} gives nothing back of what it trains: use ddp")
+    _check_strategy(asked["strategy"])
     callbacks, num_batches = asked["callbacks"] or [], asked["accumulate_grad_batches"]
     is_steady = not any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
     check(is_steady, "GradientAccumulationScheduler changes how many batches make a step: use accumulate_grad_batches")
@@ -76,6 +79,19 @@ def check_trainer(asked: Mapping[str, Any]) -> None:
         check(is_fine, f"trainer.{name}={asked[name]} must be longer than no time")
 
 
+def _check_strategy(asked: Any) -> None:
+    name = asked if isinstance(asked, str) else getattr(asked, "class_path", type(asked).__name__).rpartition(".")[2]
+    reasons = {
+        ("fork", "spawn", "notebook"): "gives nothing back of what it trains: use ddp",
+        ("fsdp", "FSDPStrategy"): "measures and clips the gradient of each shard alone: use fsdp2",
+    }
+    for words, reason in reasons.items():
+        is_meant = name != FSDP2 and any(word in name for word in words)
+        check(not is_meant, f"trainer.strategy={name} {reason}")
+    is_known = name in ("auto", FSDP2, "DDPStrategy", "SingleDeviceStrategy") or name.startswith("ddp")
+    check(is_known, f"trainer.strategy={name} is not one that this project is right under: use auto, ddp or fsdp2")
+
+
 def resolve_precision_of(asked: Mapping[str, Any]) -> str:
     """The precision asked for, as this machine does it; where that is another one, it is said."""
     accelerator = accelerator_kind(str(asked["accelerator"]))
@@ -87,17 +103,21 @@ def resolve_precision_of(asked: Mapping[str, Any]) -> str:
     return precision
 
 
-def new_trainer(command: Command, settings: Namespace, folder: RunFolder | None) -> Trainer:
+def new_trainer(
+    command: Command, settings: Namespace, folder: RunFolder | None, control: Control | None = None
+) -> Trainer:
     """The Trainer as asked for, with the project's callbacks, and its places in the run's folder.
 
     Args:
         command: what is to be done. The content of its checkpoint is released to the Trainer.
         settings: those of the command, with callbacks, loggers and plugins made.
         folder: of the run; None where nothing is kept.
+        control: agrees with the other processes when to save and to stop; None for a process alone.
 
     Raises:
         InputError: the Trainer refuses its settings.
     """
+    control = control or Control(Processes())
     asked = vars(settings.trainer)
     run = None if folder is None else folder.path
     content = command.start.release_content()
@@ -107,17 +127,20 @@ def new_trainer(command: Command, settings: Namespace, folder: RunFolder | None)
         "precision": resolve_precision_of(asked),
         "default_root_dir": run or asked["default_root_dir"],
         "logger": _loggers(asked["logger"], run, command.start.steps or 0 if is_resumed else None),
-        "plugins": _plugins(asked["plugins"], content if command.ckpt_path else None),
-        "callbacks": _callbacks(command, settings, run, shows_bar),
+        "plugins": _plugins(asked["plugins"], content if command.ckpt_path else None, control.processes),
+        "callbacks": _callbacks(command, settings, run, shows_bar, control),
         "enable_progress_bar": shows_bar,
+        "use_distributed_sampler": False,  # the data gives each process its own share
     }
     try:
-        return Trainer(**{**asked, **ours})
+        return without_signals(Trainer(**{**asked, **ours}))
     except (ValueError, TypeError, RuntimeError, ModuleNotFoundError, MisconfigurationException) as error:
         raise InputError(f"the Trainer refuses its settings: {error}") from error
 
 
-def _callbacks(command: Command, settings: Namespace, run: Path | None, shows_bar: bool) -> list[Callback]:
+def _callbacks(
+    command: Command, settings: Namespace, run: Path | None, shows_bar: bool, control: Control
+) -> list[Callback]:
     """The user's callbacks and ours, in the order in which they must act."""
     first: list[Callback] = []
     others: list[Callback] = [*(settings.trainer.callbacks or []), KnownLimits()]
@@ -130,19 +153,20 @@ def _callbacks(command: Command, settings: Namespace, run: Path | None, shows_ba
         if run is not None:
             others += [ConfigKeeper(run / "config.yaml", command.text()), Watcher(settings.watch)]
             if settings.trainer.enable_checkpointing is not False:
-                first.append(LastCheckpoint(run, resume))
+                first.append(LastCheckpoint(run, resume, control))
                 others.append(BestCheckpoint(run))
     return first + others
 
 
-def _plugins(asked: Any, content: dict[str, Any] | None) -> list[Any]:
-    """The user's plugins, and the durable writer of checkpoints and what tells of SLURM unless they have their own."""
+def _plugins(asked: Any, content: dict[str, Any] | None, processes: Processes) -> list[Any]:
+    """The user's plugins, the durable writer of checkpoints and what tells which process this is, if they lack it."""
     given = asked if isinstance(asked, list) else [asked] if asked is not None else []
     ours: list[Any] = []
     if not any(isinstance(plugin, CheckpointIO) for plugin in given):
         ours.append(DurableCheckpointIO(content))
-    if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in given):
-        ours.append(SLURMEnvironment(auto_requeue=False))  # `slm.run.slurm` requeues; Lightning's checkpoint is another
+    if not any(isinstance(plugin, ClusterEnvironment) for plugin in given):
+        # of a process alone too, which Lightning would else take for a part of its SLURM job
+        ours.append(TorchElasticEnvironment() if processes.launcher else LightningEnvironment())
     return [*given, *ours]
 
 

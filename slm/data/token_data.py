@@ -13,25 +13,17 @@ from weakref import WeakSet
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from slm.data.windows import ShuffledOrder, StreamOrder, Windows
+from slm.data.windows import ShuffledOrder, StreamOrder, Windows, share_of
 from slm.errors import check
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
 
 SECONDS_TO_STOP = 300
 """How long a worker serves on after a SIGTERM: longer than any scheduler waits for the training process to stop."""
-
-
-class _HeldOutOrder(UnrepeatedDistributedSampler):
-    """Every window once, on one device or another; without Lightning's list of all of them in memory."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
 
 
 class TokenData(LightningDataModule):
@@ -42,7 +34,8 @@ class TokenData(LightningDataModule):
     Args:
         vocab_size: number of token ids, given once, as `--model.vocab_size`.
         max_seq_len: tokens in a window, given once, as `--model.max_seq_len`.
-        batch_size: windows in a batch, on each device.
+        batch_size: windows in a batch, on all devices together: each takes an equal share. So a run has the same
+            steps, and its learning rate the same meaning, on any number of devices.
         val_fraction: share of the stream that is held out.
         seed: of the order of the training windows, and of the dummy tokens.
         num_workers: processes that load batches; 0 loads in the training process.
@@ -137,51 +130,69 @@ class TokenData(LightningDataModule):
     @property
     def first_batch(self) -> int:
         """The number of the batch, within its epoch, that `train_dataloader` begins with."""
-        order, batch_size = self._order(), self.hparams["batch_size"]
-        left = max(0, len(order) - self._start_windows // self._share()["num_replicas"])
-        return math.ceil(len(order) / batch_size) - math.ceil(left / batch_size)
+        assert self.train_windows is not None
+        num_windows, batch_size = len(self.train_windows), self.hparams["batch_size"]
+        left = max(0, num_windows - self._start_windows)
+        return math.ceil(num_windows / batch_size) - math.ceil(left / batch_size)
 
     def windows_before(self, epoch: int, batch: int) -> int:
-        """How many windows of the epoch, counted over all devices, come before this batch."""
+        """How many windows of the epoch come before this batch."""
+        assert self.train_windows is not None
         first, before = (self.first_batch, self._start_windows) if epoch == self._start_epoch else (0, 0)
-        return before + (batch - first) * self.hparams["batch_size"] * self._share()["num_replicas"]
+        return min(len(self.train_windows), before + (batch - first) * self.hparams["batch_size"])
+
+    def windows_in(self, batch: int, is_training: bool) -> tuple[int, int]:
+        """How many windows of a batch are on this device, and how many on all.
+
+        Args:
+            batch: its number in the epoch that is under way.
+            is_training: whether it is one of the training windows or of those held out.
+        """
+        assert self.val_windows is not None
+        batch_size, share = self.hparams["batch_size"], self._share()
+        if is_training:
+            assert self.trainer is not None
+            epoch = self.trainer.current_epoch
+            on_all = self.windows_before(epoch, batch + 1) - self.windows_before(epoch, batch)
+        else:
+            on_all = min(batch_size, len(self.val_windows) - batch * batch_size)
+        return share_of(on_all, **share), on_all
 
     def train_dataloader(self) -> Loader:
         """The training windows in an order that is a function of (seed, epoch), from where `start_at` says.
 
         Raises:
-            InputError: there are fewer windows than devices.
+            InputError: the devices cannot take equal shares of a batch.
         """
         assert self.train_windows is not None
-        order, num_replicas = self._order(), self._share()["num_replicas"]
-        check(len(order) > 0, f"{len(self.train_windows)} training windows are too few for {num_replicas} devices")
-        order.start_at(self._start_epoch, self._start_windows // num_replicas)
-        return self._loader(self.train_windows, order)
-
-    def _order(self) -> ShuffledOrder | StreamOrder:
-        assert self.train_windows is not None
+        order: ShuffledOrder | StreamOrder
         if self.trainer is not None and getattr(self.trainer, "overfit_batches", False):
-            return StreamOrder(self.train_windows)
-        return ShuffledOrder(self.train_windows, self.hparams["seed"], **self._share())
+            order = StreamOrder(self.train_windows, self.hparams["batch_size"], **self._share())
+        else:
+            order = ShuffledOrder(self.train_windows, self.hparams["seed"], self.hparams["batch_size"], **self._share())
+        order.start_at(self._start_epoch, self._start_windows)
+        return self._loader(self.train_windows, order)
 
     def val_dataloader(self) -> Loader:
         """The held-out windows in their order, each once, whatever the number of devices."""
         assert self.val_windows is not None
-        return self._loader(self.val_windows, _HeldOutOrder(self.val_windows, **self._share(), shuffle=False))
+        order = StreamOrder(self.val_windows, self.hparams["batch_size"], **self._share())
+        return self._loader(self.val_windows, order)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
-    def _share(self) -> dict[str, Any]:
-        """Which of the devices this process feeds, as samplers call it."""
+    def _share(self) -> dict[str, int]:
+        """Which of the devices this process feeds."""
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return {"num_replicas": world_size, "rank": rank}
+        check_shares(self.hparams["batch_size"], world_size)
+        return {"num_devices": world_size, "rank": rank}
 
     def _loader(self, windows: Windows, sampler: Sampler[Any]) -> Loader:
         num_workers = self.hparams["num_workers"]
         loader = DataLoader(
             windows,
-            batch_size=self.hparams["batch_size"],
+            batch_size=self.hparams["batch_size"] // self._share()["num_devices"],
             sampler=sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -215,6 +226,16 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 def _end_later(signum: int, frame: Any) -> None:
     signal.alarm(SECONDS_TO_STOP)
+
+
+def check_shares(batch_size: int, num_devices: int) -> None:
+    """Raise InputError unless the devices can take equal shares of a batch."""
+    near = [n for n in (batch_size // num_devices * num_devices, -(-batch_size // num_devices) * num_devices) if n]
+    check(
+        batch_size % num_devices == 0,
+        f"batch_size={batch_size} windows cannot be shared equally by {num_devices} devices: give --data.batch_size "
+        f"{' or '.join(str(size) for size in near)}, or use fewer devices",
+    )
 
 
 def refuse_other_tokenizer(fits: bool, stored: str | None, own: str | None) -> None:

@@ -3,6 +3,7 @@
 N tokens in the stream, T tokens in a window, M positions.
 """
 
+import math
 from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any
@@ -72,10 +73,23 @@ def _mix(words: Tensor) -> Tensor:
 
 
 class _Order:
-    """An order of windows that begins at any position of an epoch; later epochs begin at 0."""
+    """One device's share of an order of windows, which begins at any position of an epoch; later epochs begin at 0.
 
+    Device r of R takes positions r, r + R, ... after the first, so that a batch on each device is a batch of the whole
+    run. Where its last batch has fewer windows than there are devices, those without one get a window that does not
+    count: `share_of` says so.
+    """
+
+    windows: Windows
+    batch_size: int
+    num_devices: int
+    rank: int
     epoch = 0
     start = 0
+
+    def place(self, windows: Windows, batch_size: int, num_devices: int, rank: int) -> None:
+        """Give the order its share: `batch_size` windows in a batch on all devices together."""
+        self.windows, self.batch_size, self.num_devices, self.rank = windows, batch_size, num_devices, rank
 
     def start_at(self, epoch: int, start: int) -> None:
         self.epoch, self.start = epoch, start
@@ -85,27 +99,43 @@ class _Order:
         if epoch != self.epoch:
             self.start_at(epoch, 0)
 
+    def __len__(self) -> int:
+        left = len(self.windows) - self.start
+        last = left % self.batch_size
+        return left // self.batch_size * (self.batch_size // self.num_devices) + math.ceil(last / self.num_devices)
+
+    def positions(self) -> Iterator[Tensor]:
+        """The positions of this device, some thousands at a time."""
+        for first in range(0, len(self), CHUNK):
+            indices = torch.arange(first, min(first + CHUNK, len(self)))
+            positions = self.start + indices * self.num_devices + self.rank
+            yield positions.clamp(max=len(self.windows) - 1)
+
+
+def share_of(num_windows: int, num_devices: int, rank: int) -> int:
+    """How many of the windows of a batch are on one device."""
+    return len(range(rank, num_windows, num_devices))
+
 
 class ShuffledOrder(_Order, DistributedSampler[Any]):
-    """One device's share of the shuffled windows, each once an epoch.
+    """The shuffled windows, each once an epoch: a DistributedSampler, which Lightning leaves alone."""
 
-    Device r of R takes positions r, r + R, ...; of a number of windows that R does not divide, the last few positions
-    of each epoch are left out. A DistributedSampler, because Lightning replaces any other on several devices.
-    """
-
-    def __init__(self, windows: Windows, seed: int, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(windows, num_replicas, rank, seed=seed)
-        self.size = len(windows)
-        self.num_samples = self.size // num_replicas
+    def __init__(self, windows: Windows, seed: int, batch_size: int = 1, num_devices: int = 1, rank: int = 0) -> None:
+        super().__init__(windows, num_devices, rank, seed=seed)
+        self.place(windows, batch_size, num_devices, rank)
 
     def __iter__(self) -> Iterator[int]:
-        for first in range(self.start, len(self), CHUNK):
-            positions = torch.arange(first, min(first + CHUNK, len(self))) * self.num_replicas + self.rank
-            yield from shuffled(positions, self.size, self.seed, self.epoch).tolist()
+        for positions in self.positions():
+            yield from shuffled(positions, len(self.windows), self.seed, self.epoch).tolist()
 
 
 class StreamOrder(_Order, SequentialSampler):
-    """The windows as they stand in the stream: what `overfit_batches` wants."""
+    """The windows as they stand in the stream: what `overfit_batches` wants, and what is held out."""
+
+    def __init__(self, windows: Windows, batch_size: int = 1, num_devices: int = 1, rank: int = 0) -> None:
+        super().__init__(windows)
+        self.place(windows, batch_size, num_devices, rank)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, len(self)))
+        for positions in self.positions():
+            yield from positions.tolist()

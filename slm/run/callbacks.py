@@ -1,9 +1,6 @@
 """What a run keeps of itself, and when: the best checkpoint, the last one, its settings."""
 
-import contextlib
-import os
-import signal
-import threading
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,10 @@ from slm.durable import replace_file
 from slm.errors import InputError, NotFiniteError, NotWrittenError
 from slm.messages import say
 from slm.run.checkpoint import WEIGHTS_NAME, DurableCheckpointIO, last_checkpoint
+from slm.run.control import SAVE, Control
 from slm.run.loading import class_path_of
 from slm.run.resume import ExactResume, is_fitting
-from slm.run.signals import SIGNALS, Stopped
-from slm.run.slurm import requeue_signals
+from slm.run.signals import Stopped
 
 CURVES = "events.out.tfevents.*"
 SECONDS_BETWEEN_SAVES = 60.0
@@ -90,46 +87,52 @@ class LastCheckpoint(Callback):
     Args:
         run: the run's folder.
         resume: knows where the run stands.
+        control: agrees with the other processes when to save and when to stop.
     """
 
-    def __init__(self, run: Path, resume: ExactResume) -> None:
+    def __init__(self, run: Path, resume: ExactResume, control: Control) -> None:
         self.path = last_checkpoint(run)
         self.resume = resume
-        self.is_due = False
-        self.signum: int | None = None
-        self._next_save = 0.0
+        self.control = control
+        self._is_due = False
+        self._next_save = math.inf
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen()
+        self.control.is_training = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen()
+        self.control.is_training = True
         self._next_save = time.monotonic() + SECONDS_BETWEEN_SAVES
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.resume.is_between_steps:
-            is_wanted = self.is_due or self.signum is not None or time.monotonic() >= self._next_save
-            if trainer.strategy.reduce_boolean_decision(is_wanted, all=False):
-                if trainer.global_step > 0:
-                    self._save(trainer)
-                self._stop_if_asked(trainer)
+        if not self.resume.is_between_steps:
+            return
+        if time.monotonic() >= self._next_save and trainer.is_global_zero:
+            self._next_save = math.inf
+            self.control.order(SAVE)
+        order = self.control.reach()
+        if (order is not None or self._is_due) and trainer.global_step > 0:
+            self._save(trainer)
+        self._stop_if(order, trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self.control.postpone(self.control.reach())
+            self._stop_in_validation(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Stop within a validation too, unless other devices must be waited for."""
-        if trainer.state.fn == "fit" and trainer.world_size == 1 and self.signum is not None:
-            if self.resume.can_be_kept:
-                self._save(trainer)
-            if self.resume.can_be_kept or trainer.sanity_checking:
-                self._stop_if_asked(trainer)
+        if trainer.state.fn == "fit":
+            self._stop_in_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.is_due = not trainer.sanity_checking
+        self._is_due = not trainer.sanity_checking
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["curves"] = sorted(file.name for file in self.path.parent.parent.glob(CURVES))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
+        self._stop_if(self.control.end_training(), trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what was reached; if that fails too, say so beside the exception that ended the run."""
@@ -144,33 +147,23 @@ class LastCheckpoint(Callback):
                 say(f"step {trainer.global_step} is kept in {self.path}")
             except InputError as error:
                 say(f"the last step is not kept: {error}")
+        self.control.is_training = False
 
     def _save(self, trainer: Trainer) -> None:
         start = time.monotonic()
         trainer.save_checkpoint(self.path, weights_only=False)
         now = time.monotonic()
         self._next_save = now + max(SECONDS_BETWEEN_SAVES, (now - start) / LARGEST_SHARE_OF_TIME)
-        self.is_due = False
+        self._is_due = False
 
-    def _listen(self) -> None:
-        """Take the signals over from Lightning, which takes them after `on_fit_start` and gives them back."""
-        if threading.current_thread() is threading.main_thread():
-            for signum in (*SIGNALS, *requeue_signals()):
-                if signal.getsignal(signum) != signal.SIG_IGN:  # as after nohup
-                    signal.signal(signum, self._note)
+    def _stop_in_validation(self, trainer: Trainer) -> None:
+        signum = self.control.is_stopping_next()
+        if signum and (self.resume.can_be_kept or trainer.sanity_checking):
+            if self.resume.can_be_kept:
+                self._save(trainer)
+            self._stop_if(signum, trainer)
 
-    def _note(self, signum: int, frame: Any) -> None:
-        if signum == signal.SIGINT and self.signum is not None:
-            raise KeyboardInterrupt
-        self.signum = signum
-        if signum == signal.SIGINT:
-            with contextlib.suppress(OSError):  # the terminal may have gone
-                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
-
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        """Stop on all ranks for the same reason, whichever of them heard the signal."""
-        heard = torch.tensor(self.signum or 0, device=trainer.strategy.root_device)
-        signum = int(trainer.strategy.reduce(heard, reduce_op="max"))
+    def _stop_if(self, signum: int | None, trainer: Trainer) -> None:
         if signum:
             step = trainer.global_step
             raise Stopped(signum, step, self.path if step else None)

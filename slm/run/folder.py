@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-
 from slm.durable import lock, replace_file, sweep
 from slm.errors import InputError, check
 from slm.run.callbacks import CURVES
 from slm.run.checkpoint import RUNS, run_numbers
+from slm.run.job import note_job
 from slm.run.signals import Progress
-from slm.run.slurm import note_job
 
 
 class RunFolder:
@@ -33,8 +31,10 @@ class RunFolder:
 
     def __init__(self, path: Path | None, runs: Path, progress: Progress) -> None:
         self.is_new = path is None
-        self.is_mine = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-        self.path = path or (claim_run(runs) if self.is_mine else runs / "of_rank_zero")
+        processes = progress.control.processes
+        self.is_mine = processes.rank == 0
+        new = claim_run(runs) if path is None and self.is_mine else None
+        self.path = path or Path(processes.from_rank_zero(str(new)))
         self._progress, progress.run = progress, self.path
         self._first_step = 0
         self._held: IO[str] | None = None

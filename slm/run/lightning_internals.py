@@ -32,6 +32,17 @@ def count_a_batch_that_stepped(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped += 1
 
 
+def without_signals(trainer: Trainer) -> Trainer:
+    """Leave signals to `slm.run.signals`.
+
+    Lightning's handler of SIGTERM broadcasts, and waits for ever where one process alone was told. Its training loop
+    broadcasts before every batch whether there was one, which a GPU is waited for.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
 def close_bars(progress_bar: TQDMProgressBar) -> None:
     """Close the bars that are there. Their public names assert that they are."""
     for bar in (progress_bar._train_progress_bar, progress_bar._val_progress_bar):

@@ -8,10 +8,12 @@ stands, in words of its own, and a resumed run's counters are set from that.
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from slm.data import TokenData
@@ -126,7 +128,8 @@ class ExactResume(Callback):
         windows = _data(trainer).windows_before(position.epoch, position.batch)
         checkpoint["position"] = {**asdict(position), "windows": windows}
         checkpoint["epoch"] = position.epoch
-        checkpoint["random_states"] = self._random_states or take_random_states(trainer.strategy.root_device)
+        states = self._random_states or take_random_states(trainer.strategy.root_device)
+        checkpoint["random_states"], *checkpoint["other_random_states"] = of_all_ranks(states)
 
     # ---- how it goes on there
 
@@ -140,7 +143,9 @@ class ExactResume(Callback):
             windows, stored["ends_epoch"], stored["is_unvalidated"] = 0, False, False
         data.start_at(stored["epoch"], windows)
         position = self.position = Position(**{**stored, "batch": data.first_batch})
-        self._random_states, self._is_restored = checkpoint["random_states"], False
+        of_each = [checkpoint["random_states"], *checkpoint.get("other_random_states", [])]
+        self._random_states = of_each[trainer.global_rank] if trainer.global_rank < len(of_each) else None
+        self._is_restored = self._random_states is None
         place = (position.epoch, position.batch, position.total_batches, position.ends_epoch, position.is_unvalidated)
         checkpoint["loops"]["fit_loop"].update(counters(checkpoint["global_step"], *place))
         is_fused = getattr(trainer.precision_plugin, "scaler", None) is None
@@ -149,6 +154,8 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell Lightning's loops, which have their counters by now, how to begin."""
         _refuse_validation_inside_a_step(trainer)
+        if trainer.global_rank > 0 and self._random_states is None:
+            seed_rank(trainer.global_rank, trainer.global_step)
         if self.position is None:
             return
         if self.position.batch == 0:
@@ -208,6 +215,24 @@ def take_random_states(device: torch.device) -> dict[str, Any]:
     elif device.type == "mps":
         states["mps"] = torch.mps.get_rng_state()
     return states
+
+
+def of_all_ranks(states: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of all processes, by rank; every process must call this."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [states]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, states)
+    return gathered
+
+
+def seed_rank(rank: int, step: int) -> None:
+    """Give a process dropout masks of its own, which the one seed of the run would make equal on all."""
+    digest = blake2b(f"{torch.initial_seed()} {rank} {step}".encode(), digest_size=4).digest()
+    seed = int.from_bytes(digest, "little")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def put_random_states(states: dict[str, Any], device: torch.device) -> None:

@@ -1,20 +1,25 @@
 """What ends a run from outside: the signals that are heard, and how they end it."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
+from torch.distributed import DistError
 
 from slm.run.checkpoint import last_checkpoint
-from slm.run.slurm import requeue_signals
+from slm.run.control import LOST, SIGNALS, Control
+from slm.run.processes import Processes
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-"""Ctrl-C, a scheduler, and a terminal that was closed; a job of SLURM hears `requeue_signals` too."""
+SECONDS_TO_NOTICE = 2.0
+"""How soon the loss of a process is noticed after the first library that waited for it fails."""
 
 
 class Stopped(BaseException):
@@ -38,12 +43,15 @@ class Progress:
     """How far a command has come.
 
     Attributes:
+        control: agrees with the other processes when to stop.
         trainer: which trains, once there is one.
         run: the folder of its run, where it has one.
     """
 
+    control: Control = field(default_factory=lambda: Control(Processes()))
     trainer: Trainer | None = None
     run: Path | None = None
+    heard: set[int] = field(default_factory=set)
 
     def steps(self) -> int:
         """How many optimizer steps are done, those before a resume included."""
@@ -54,25 +62,42 @@ class Progress:
         path = None if self.run is None else last_checkpoint(self.run)
         return path if path and path.is_file() else None
 
+    def hear(self, signum: int, frame: Any) -> None:
+        """Stop at once, or in training at the next place where the run can be saved; a second Ctrl-C does not wait."""
+        if not self.control.is_training:
+            raise Stopped(signum, self.steps(), self.last())
+        if signum == signal.SIGINT and signum in self.heard:
+            raise KeyboardInterrupt
+        self.heard.add(signum)
+        if self.control.processes.world_size == 1:  # else a thread has heard it too
+            self.control.order(signum)
+        if signum == signal.SIGINT and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            with contextlib.suppress(OSError):  # the terminal may have gone
+                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
+
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[Progress]:
-    """Raise `Stopped` where a scheduler's signal comes before or after training, which has its own way to stop.
+    """Let the signals end the body, as what it puts into the Progress that it is given says.
 
-    What the body puts into the Progress that it is given says how far it has come.
+    A launcher keeps them back from the processes that it starts until they are heard here.
     """
     progress = Progress()
-
-    def stop(signum: int, frame: Any) -> None:
-        raise Stopped(signum, progress.steps(), progress.last())
-
-    heard = [signum for signum in (*SIGNALS, *requeue_signals()) if signal.getsignal(signum) == signal.SIG_DFL]
+    heard = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # as after nohup
     if threading.current_thread() is not threading.main_thread():
         heard = []
-    for signum in heard:
-        signal.signal(signum, stop)
+    before = {signum: signal.signal(signum, progress.hear) for signum in heard}
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
     try:
         yield progress
+    except Exception as error:
+        control = progress.control
+        has_lost_rank_0 = control.processes.world_size > 1 and isinstance(error, DistError)
+        if has_lost_rank_0 or control.has_lost_another(SECONDS_TO_NOTICE):
+            sys.exit(LOST)  # the launcher tells of the loss
+        raise
     finally:
-        for signum in heard:
-            signal.signal(signum, signal.SIG_DFL)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        progress.control.close()

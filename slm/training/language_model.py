@@ -112,7 +112,9 @@ class LanguageModel(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         tokens, targets = batch
         hidden = self.transformer(tokens).flatten(0, 1)  # (BT, D)
-        return self._step.add(self.loss(hidden, targets.flatten()), tokens.numel())
+        here, on_all = self._windows_in(batch_idx, tokens, is_training=True)
+        loss, seq_len = self.loss(hidden, targets.flatten()), tokens.shape[1]
+        return self._step.add(loss, here * seq_len, self.trainer.world_size, on_all * seq_len)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the gradient its true scale, and log its norm as it is before clipping.
@@ -162,9 +164,11 @@ class LanguageModel(LightningModule):
         tokens, targets = batch
         hidden = self.transformer(tokens).flatten(0, 1)  # (BT, D)
         loss, correct = sum_and_correct(hidden, self.transformer.output_weight, targets.flatten())
-        self.loss_sum.update(loss)
-        self.num_correct.update(correct)
-        self.num_tokens.update(targets.numel())
+        here, _ = self._windows_in(batch_idx, tokens, is_training=False)
+        if here:
+            self.loss_sum.update(loss)
+            self.num_correct.update(correct)
+            self.num_tokens.update(targets.numel())
 
     test_step = validation_step
 
@@ -221,6 +225,17 @@ class LanguageModel(LightningModule):
             scheduler.step()
 
     # ---- devices
+
+    def _windows_in(self, batch_idx: int, tokens: Tensor, is_training: bool) -> tuple[int, int]:
+        """How many windows of a batch count on this device, and how many on all devices together.
+
+        A DataLoader that is not of ours is taken to give each device as many, as Lightning's samplers do.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if self.trainer.world_size > 1 and hasattr(data, "windows_in"):
+            here, on_all = data.windows_in(batch_idx, is_training)
+            return here, on_all
+        return len(tokens), len(tokens) * self.trainer.world_size
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.hparams["compile"]:

@@ -19,10 +19,11 @@ def is_logged(trainer: Any, step: int) -> bool:
 
 
 class Step:
-    """The batches that make one optimizer step: its loss is the mean over all their tokens.
+    """The batches that make one optimizer step: its loss is the mean over all their tokens, on all devices.
 
     With `accumulate_grad_batches=n`, Lightning divides every batch's loss by n and adds up the gradients. That is wrong
     where an epoch ends with a smaller batch, which counts too much, or with fewer batches, whose gradient is too small.
+    Over devices torch takes the mean, which is wrong where the last batch has fewer windows on one than on another.
     """
 
     def __init__(self) -> None:
@@ -30,17 +31,25 @@ class Step:
         self._weight = 0.0
         self._loss: Tensor | None = None
 
-    def add(self, loss: Tensor, num_tokens: int) -> Tensor:
-        """The mean loss of a batch, times the ratio of its number of tokens to the first batch's."""
-        self._first_tokens = self._first_tokens or num_tokens
-        weight = num_tokens / self._first_tokens
+    def add(self, loss: Tensor, num_tokens: int, num_devices: int = 1, tokens_on_all: int | None = None) -> Tensor:
+        """The mean loss of a batch, weighted so that the mean over the devices is that over the step's tokens.
+
+        Args:
+            loss: of this device's share of the batch.
+            num_tokens: in this share; 0 for one that does not count.
+            num_devices: that share the batch.
+            tokens_on_all: in the batch on all of them; None on a single device.
+        """
+        tokens_on_all = num_tokens if tokens_on_all is None else tokens_on_all
+        self._first_tokens = self._first_tokens or tokens_on_all
+        weight = num_devices * num_tokens / self._first_tokens
         weighted = loss if weight == 1 else loss * weight
-        self._weight += weight
+        self._weight += tokens_on_all / self._first_tokens
         self._loss = weighted.detach() if self._loss is None else self._loss + weighted.detach()
         return weighted
 
     def mean_loss(self) -> Tensor:
-        """Over all tokens of the step on this device."""
+        """Over all tokens of the step, once the mean over the devices is taken."""
         assert self._loss is not None
         return self._loss if self._weight == 1 else self._loss / self._weight
 

@@ -94,8 +94,10 @@ class StepMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
-        self._tokens += batch[0].numel() * trainer.world_size
-        self._window_tokens += batch[0].numel() * trainer.world_size
+        _, num_windows = trainer.datamodule.windows_in(batch_idx, is_training=True)  # type: ignore[attr-defined]
+        num_tokens = num_windows * batch[0].shape[1]
+        self._tokens += num_tokens
+        self._window_tokens += num_tokens
         step = trainer.global_step
         if step != self._step:
             self._all_tokens, self._window_tokens = self._all_tokens + self._window_tokens, 0
@@ -139,9 +141,10 @@ class KnownLimits(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        token_bytes = trainer.datamodule.token_bytes  # type: ignore[attr-defined]
-        if token_bytes is not None:
-            self._num_bytes.update(token_bytes.to(pl_module.device)[batch[1]].sum())
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        here, _ = data.windows_in(batch_idx, is_training=False)
+        if data.token_bytes is not None and here:
+            self._num_bytes.update(data.token_bytes.to(pl_module.device)[batch[1]].sum())
 
     on_test_batch_end = on_validation_batch_end
 

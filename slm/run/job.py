@@ -1,6 +1,7 @@
-"""Requeued by SLURM: a job that is told so saves, asks for another turn, and goes on in the same run.
+"""A job that is started again, by SLURM or by torchrun, goes on in the same run.
 
-`#SBATCH --signal=USR1@90` lets SLURM tell it 90 seconds before its time is over.
+`#SBATCH --signal=USR1@90` lets SLURM tell a job 90 seconds before its time is over: it saves, and asks for another
+turn. `torchrun --max_restarts 3` starts all processes again when one of them fails.
 """
 
 import os
@@ -9,20 +10,17 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
-
 from slm.durable import replace_file
 from slm.messages import say
-from slm.run.checkpoint import run_folders
+from slm.run.checkpoint import last_checkpoint, run_folders
 
-JOB_FILE = "slurm_job"
+JOB_FILE = "job"
 """In a run's folder: the job that trains it, and the arguments that it was started with."""
 
 
-def requeue_signals() -> list[signal.Signals]:
-    """SIGUSR1 within a job of SLURM, and nothing elsewhere."""
-    is_in_job = _job() is not None or SLURMEnvironment.detect()
-    return [signal.SIGUSR1] if is_in_job and hasattr(signal, "SIGUSR1") else []
+def is_slurm_job() -> bool:
+    """Whether SLURM started this process."""
+    return _slurm_job() is not None
 
 
 def requeue() -> None:
@@ -32,11 +30,9 @@ def requeue() -> None:
     """
     for signum in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
-    job = _job()
+    job = _slurm_job()
     try:
-        if job is None:
-            raise OSError("SLURM_JOB_ID is not set")
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+        subprocess.run(["scontrol", "requeue", str(job)], check=True, capture_output=True, text=True)
         say(f"SLURM job {job} is requeued, and goes on from there")
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (error.stderr or str(error)).strip() if isinstance(error, subprocess.CalledProcessError) else error
@@ -49,15 +45,16 @@ def note_job(run: Path, argv: Sequence[str]) -> None:
         replace_file(run / JOB_FILE, _noted(job, argv).encode(errors="surrogateescape"))
 
 
-def requeued_run(runs: Path, argv: Sequence[str]) -> Path | None:
-    """The run that this job trained with these arguments before it was requeued; None for none that was kept."""
+def run_of_job(runs: Path, argv: Sequence[str]) -> Path | None:
+    """The run that this job trained with these arguments before it was started again; None for none that was kept."""
     job = _job()
-    if job is None or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    counts = (os.environ.get(f"{launcher}_RESTART_COUNT", "0") for launcher in ("SLURM", "TORCHELASTIC"))
+    if job is None or all(count == "0" for count in counts):
         return None
     noted = _noted(job, argv).encode(errors="surrogateescape")
     for run in run_folders(runs):
         file = run / JOB_FILE
-        if file.is_file() and file.read_bytes() == noted and (run / "checkpoints" / "last.ckpt").is_file():
+        if file.is_file() and file.read_bytes() == noted and last_checkpoint(run).is_file():
             return run
     return None
 
@@ -67,5 +64,10 @@ def _noted(job: str, argv: Sequence[str]) -> str:
 
 
 def _job() -> str | None:
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return _slurm_job() or (f"torchrun {run_id} {os.getppid()}" if run_id else None)  # its default id is always "none"
+
+
+def _slurm_job() -> str | None:
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")

@@ -1,0 +1,216 @@
+"""How the processes of a run agree to save or to stop, without a word between them at any step.
+
+A signal may reach one process alone, while its main thread waits for the others inside a library that no signal
+interrupts. So a thread of each process hears signals, and tells rank 0 over a connection of its own. Rank 0 asks all
+how far they have come, and names a place that none has passed, at which all of them do what was ordered. Training
+itself is told nothing, and waits only while the place is being agreed.
+
+A place is a boundary where a run may be saved: before an optimizer step, before a validation, and at the end. All
+processes come by the same places in the same order.
+"""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import threading
+from multiprocessing.connection import Client, Connection, Listener, wait
+from typing import Any
+
+from slm.run.processes import Processes
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+"""Ctrl-C, a scheduler, a terminal that was closed, and SLURM before a job's time is over."""
+SAVE = 0
+"""An order to save; any other is the number of a signal, to save and stop."""
+LOST = 75
+"""The exit status of a process that goes because another one is gone; EX_TEMPFAIL."""
+SECONDS_OF_GRACE = 5.0
+"""How long the main thread may take to leave once there is nothing more to save."""
+
+
+class Control:
+    """What one process knows of the orders to its run.
+
+    Attributes:
+        is_training: whether orders wait for a place; else a signal ends the processes at once.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.is_training = False
+        self._place = -1
+        self._due: dict[int, int] = {}
+        self._is_agreeing = False
+        self._changed = threading.Condition()
+        self._lost = threading.Event()
+        self._is_leaving = False
+        self._peers: dict[int, Connection] = {}
+        self._told: dict[int, int] = {}  # by rank 0: how far each has come
+        self._orders: list[int] = []
+        self._inbox, self._own_end = socket.socketpair()
+        self._parent = os.getppid()
+
+    # ---- for the main thread
+
+    def reach(self) -> int | None:
+        """Pass the next place; returns the order that is due there."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_agreeing)
+            self._place += 1
+            return self._due.pop(self._place, None)
+
+    def end_training(self) -> int | None:
+        """Pass the last place: from here on nothing is left to be saved."""
+        order = self.reach()
+        with self._changed:
+            self.is_training = False
+        return order
+
+    def postpone(self, order: int | None) -> None:
+        """Let an order that was due be due at the next place; all processes must."""
+        if order is not None:
+            with self._changed:
+                self._due[self._place + 1] = self._due.get(self._place + 1, SAVE) or order
+
+    def is_stopping_next(self) -> int | None:
+        """The signal for which all processes stop at the next place; what they do until then may be left undone."""
+        return self._due.get(self._place + 1) or None
+
+    def order(self, order: int) -> None:
+        """Let all processes save, or stop for a signal, at a place that none has passed yet."""
+        if self.processes.world_size > 1:
+            self._own_end.send(bytes([order]))
+        else:
+            self.postpone(order)
+
+    def has_lost_another(self, seconds: float) -> bool:
+        """Whether another process has gone without a word, or does so in this time."""
+        return self.processes.world_size > 1 and self._lost.wait(seconds)
+
+    # ---- the thread
+
+    def connect(self) -> None:
+        """Connect all processes through rank 0, and hear signals from here on; `processes` have met."""
+        if self.processes.world_size == 1:
+            return
+        self._own_end.setblocking(False)
+        signal.set_wakeup_fd(self._own_end.fileno(), warn_on_full_buffer=False)
+        if self.processes.rank == 0:
+            key = secrets.token_hex()
+            with Listener(("", 0), backlog=self.processes.world_size, authkey=key.encode()) as listener:
+                self.processes.from_rank_zero([listener.address[1], key])
+                while len(self._peers) < self.processes.world_size - 1:
+                    peer: Any = listener.accept()
+                    self._peers[peer.recv()] = peer
+        else:
+            port, key = self.processes.from_rank_zero(None)
+            peer = Client((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), authkey=key.encode())
+            peer.send(self.processes.rank)
+            self._peers[0] = peer
+        threading.Thread(target=self._serve, name="control", daemon=True).start()
+
+    def close(self) -> None:
+        """Say good-bye, so that the others do not take this process for lost."""
+        if self._peers:
+            signal.set_wakeup_fd(-1)
+            self._is_leaving = True
+            self._tell("bye")
+
+    def _serve(self) -> None:
+        while True:
+            ready = wait([self._inbox, *self._peers.values()], timeout=1.0)
+            if os.getppid() != self._parent:  # the launcher was killed
+                self._parent = os.getppid()
+                self._hear(signal.SIGTERM)
+            if self._inbox in ready:
+                for order in self._inbox.recv(64):
+                    if order == SAVE or order in SIGNALS:  # a worker that ends is told in the same way
+                        self._hear(order)
+            for rank, peer in list(self._peers.items()):
+                if peer in ready:
+                    try:
+                        self._answer(rank, *peer.recv())
+                    except (EOFError, OSError):
+                        del self._peers[rank]
+                        self._lose()
+
+    def _hear(self, order: int) -> None:
+        """An order was given to this process: pass it to rank 0, which has it agreed or, outside training, done."""
+        if self._is_leaving:
+            return
+        if self.processes.rank > 0:
+            self._tell("order", order)
+        elif self.is_training:
+            self._orders.append(order)
+            self._ask()
+        elif order != SAVE:
+            self._leave(order)
+
+    def _ask(self) -> None:
+        """Rank 0 asks all how far they are, unless it still waits for an answer."""
+        if self._orders and not self._told:
+            self._told[0] = self._wait_at_next_place()
+            self._tell("how far")
+
+    def _answer(self, rank: int, message: str, *values: int) -> None:
+        if message == "order":
+            self._hear(*values)
+        elif message == "how far":
+            self._tell("this far", self._wait_at_next_place())
+        elif message == "this far":
+            self._told[rank] = values[0]
+            if len(self._told) == self.processes.world_size:
+                due = max(self._told.values()) + 1, self._orders.pop(0)
+                self._told.clear()
+                self._tell("due", *due)
+                self._note(*due)
+                self._ask()
+        elif message == "due":
+            self._note(*values)
+        elif message == "leave":
+            self._leave(*values)
+        elif message == "lost":
+            self._lose()
+        elif message == "bye":
+            del self._peers[rank]
+
+    def _wait_at_next_place(self) -> int:
+        with self._changed:
+            self._is_agreeing = True
+            return self._place
+
+    def _note(self, place: int, order: int) -> None:
+        with self._changed:
+            self._due[place] = self._due.get(place, SAVE) or order
+            self._is_agreeing = False
+            self._changed.notify_all()
+            is_too_late = not self.is_training
+        if is_too_late and order != SAVE:
+            self._leave(order)
+
+    def _tell(self, *message: Any) -> None:
+        for peer in list(self._peers.values()):
+            with contextlib.suppress(OSError):  # it has gone, which is noticed where it is heard
+                peer.send(message)
+
+    def _leave(self, signum: int) -> None:
+        """End this process as the signal does, even where the main thread waits for others in vain."""
+        if not self._is_leaving:
+            self._is_leaving, self.is_training = True, False
+            if self.processes.rank == 0:
+                self._tell("leave", signum)
+            os.kill(os.getpid(), signum)
+            self._exit_later(128 + signum)
+
+    def _lose(self) -> None:
+        if not (self._is_leaving or self._lost.is_set()):
+            self._lost.set()
+            self._tell("lost")
+            self._exit_later(LOST)
+
+    def _exit_later(self, status: int) -> None:
+        timer = threading.Timer(SECONDS_OF_GRACE, os._exit, [status])
+        timer.daemon = True
+        timer.start()
