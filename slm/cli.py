@@ -100,8 +100,8 @@ def check_same_everywhere(processes: Processes, data: TokenData) -> None:
     other = next((rank for rank, one in enumerate(fingerprints) if one != fingerprints[0]), None)
     if other is not None:
         raise InputError(
-            f"rank {other} has other data than rank 0, by its fingerprint {fingerprints[other]}, not {fingerprints[0]}: "
-            "give every node the same files and flags"
+            f"rank {other} has other data than rank 0: fingerprint {fingerprints[other]}, not {fingerprints[0]}; give "
+            "every node the same files and flags"
         )
     if (world_size := processes.world_size) > 1:
         batch_size = data.hparams["batch_size"]

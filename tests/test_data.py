@@ -108,23 +108,39 @@ def test_evaluation_reads_the_held_out_windows_in_their_order() -> None:
         assert torch.equal(tokens.flatten(), data.val_windows.stream[:-1])
 
 
-def test_several_devices_share_the_windows_without_overlap_and_without_repeating_one() -> None:
-    data = small_data(val_fraction=0.3, batch_size=4)
+@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize("is_shuffled", [True, False])
+def test_each_batch_of_several_devices_is_the_batch_of_one(num_devices: int, is_shuffled: bool) -> None:
+    """The last batch is uneven, and some devices have none of it: these get a window that does not count."""
+
+    def batches(rank: int, num_devices: int) -> list[list[list[int]]]:
+        """The windows of each batch that count on a device."""
+        data = small_data(num_tokens=2 * 16 * 23, val_fraction=0.5, batch_size=4)
+        data.setup()
+        progress = {"world_size": num_devices, "global_rank": rank, "current_epoch": 0}
+        data.trainer = SimpleNamespace(**progress)  # type: ignore[assignment]
+        loader = data.train_dataloader() if is_shuffled else data.val_dataloader()
+        counted = [data.windows_in(number, is_training=is_shuffled)[0] for number in range(len(loader))]
+        return [tokens.tolist()[:num] for num, (tokens, _) in zip(counted, loader, strict=True)]
+
+    alone = batches(0, 1)
+    shares = [batches(rank, num_devices) for rank in range(num_devices)]
+    assert len(alone[-1]) == 3
+    assert [len(share[-1]) for share in shares] == ([2, 1] if num_devices == 2 else [1, 1, 1, 0])
+    for number, batch in enumerate(alone):
+        together = [window for share in shares for window in share[number]]
+        assert sorted(together) == sorted(batch)
+
+
+def test_a_batch_that_the_devices_cannot_share_equally_is_refused() -> None:
+    data = small_data(batch_size=4)
     data.setup()
-    shares = []
-    for rank in range(2):
-        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)  # type: ignore[assignment]
-        shares.append((list(data.train_dataloader().sampler), list(data.val_dataloader().sampler)))
-    (train_0, val_0), (train_1, val_1) = shares
-    assert data.train_windows is not None
-    assert data.val_windows is not None
-    assert len(data.val_windows) % 2 == 1
-    assert sorted(val_0 + val_1) == list(range(len(data.val_windows)))
-    assert len(train_0) == len(train_1) == len(data.train_windows) // 2
-    assert len(set(train_0 + train_1)) == 2 * len(train_0)
+    data.trainer = SimpleNamespace(world_size=3, global_rank=0)  # type: ignore[assignment]
+    with pytest.raises(InputError, match="batch_size=4 windows cannot be shared .* give --data.batch_size 3 or 6"):
+        data.train_dataloader()
 
 
-@pytest.mark.parametrize("num_replicas", [1, 2, 3])
+@pytest.mark.parametrize("num_replicas", [1, 2, 4])
 @pytest.mark.parametrize("batch", [0, 1, 3, 9])
 def test_training_goes_on_before_any_batch_on_any_number_of_devices(num_replicas: int, batch: int) -> None:
     def batches(data: DummyData) -> list[list[list[int]]]:

@@ -3,7 +3,6 @@
 N tokens in the stream, T tokens in a window, M positions.
 """
 
-import math
 from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any
@@ -100,14 +99,19 @@ class _Order:
             self.start_at(epoch, 0)
 
     def __len__(self) -> int:
-        left = len(self.windows) - self.start
-        last = left % self.batch_size
-        return left // self.batch_size * (self.batch_size // self.num_devices) + math.ceil(last / self.num_devices)
+        """Of a whole epoch, wherever this one begins."""
+        return self._share_of(len(self.windows))
+
+    def _share_of(self, num_windows: int) -> int:
+        batches, last = divmod(num_windows, self.batch_size)
+        of_last = max(1, share_of(last, self.num_devices, self.rank)) if last else 0
+        return batches * (self.batch_size // self.num_devices) + of_last
 
     def positions(self) -> Iterator[Tensor]:
         """The positions of this device, some thousands at a time."""
-        for first in range(0, len(self), CHUNK):
-            indices = torch.arange(first, min(first + CHUNK, len(self)))
+        size = self._share_of(max(0, len(self.windows) - self.start))
+        for first in range(0, size, CHUNK):
+            indices = torch.arange(first, min(first + CHUNK, size))
             positions = self.start + indices * self.num_devices + self.rank
             yield positions.clamp(max=len(self.windows) - 1)
 

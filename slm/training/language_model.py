@@ -238,8 +238,10 @@ class LanguageModel(LightningModule):
         return len(tokens), len(tokens) * self.trainer.world_size
 
     def setup(self, stage: str) -> None:
+        device = self.trainer.strategy.root_device.type
+        for metric in (self.loss_sum, self.num_correct, self.num_tokens):  # the order of batches is not to be seen
+            metric.set_dtype(torch.float32 if device == "mps" else torch.float64)
         if stage == "fit" and self.hparams["compile"]:
-            device = self.trainer.strategy.root_device.type
             check_can_compile(device)
             tell_compiled_code_by_its_vectors()
             # a CUDA graph's next call overwrites its gradients, which accumulation and other GPUs still need

@@ -119,10 +119,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Matrices (..., M, N) with their singular values brought to about 1, between 0.7 and 1.2 but for tiny ones.
 
-    By the Newton-Schulz iteration, in the type that the device multiplies fastest.
+    By the Newton-Schulz iteration, in the type that the device multiplies fastest, or in 64 bits if they are given so.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
-    wide = (matrices.mT if is_tall else matrices).to(fast_dtype(matrices.device))
+    dtype = torch.float64 if matrices.dtype == torch.float64 else fast_dtype(matrices.device)
+    wide = (matrices.mT if is_tall else matrices).to(dtype)
     x = wide.reshape(-1, *wide.shape[-2:])  # (K, M, N), M <= N
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=SMALLEST_NORM)
     a, b, c = COEFFICIENTS
