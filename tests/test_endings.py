@@ -13,15 +13,16 @@ import pytest
 import stress
 import torch
 from conftest import SMALL_FLAGS, UNSHOWN, slow_after_first
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from stress import LAST, SETTINGS, default_signals, finish, first_command, start, step_of
 
 from slm.command.exit_codes import ends_in_one_line
 from slm.errors import NotWrittenError
 from slm.run.callbacks import LastCheckpoint
 from slm.run.checkpoint import read_checkpoint
+from slm.run.control import Control
+from slm.run.processes import Processes
 from slm.run.resume import ExactResume
-from slm.run.signals import Stopped
+from slm.run.signals import Progress, Stopped
 from slm.training.language_model import LanguageModel
 
 
@@ -56,7 +57,6 @@ def as_lightning_ends_at_ctrl_c() -> None:
     [
         (raising(KeyboardInterrupt()), 130),
         (as_lightning_ends_at_ctrl_c, 130),
-        (raising(SIGTERMException()), 143),
         (raising(Stopped(signal.SIGTERM, 5, Path("last.ckpt"))), 143),
         (raising(Stopped(signal.SIGINT, 0, None)), 130),
         (raising(SystemExit(3)), 3),
@@ -90,18 +90,20 @@ def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(
     assert LAST.read_bytes() == before
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
-    keeper = LastCheckpoint(tmp_path, ExactResume())
-    keeper._note(signal.SIGINT, None)
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    progress = Progress()
+    progress.control.is_training = True
+    progress.hear(signal.SIGINT, None)
     with pytest.raises(KeyboardInterrupt):
-        keeper._note(signal.SIGINT, None)
+        progress.hear(signal.SIGINT, None)
 
 
-def test_a_second_sigterm_changes_nothing(tmp_path: Path) -> None:
-    keeper = LastCheckpoint(tmp_path, ExactResume())
-    for _ in range(3):
-        keeper._note(signal.SIGTERM, None)
-    assert keeper.signum == signal.SIGTERM
+def test_the_first_signal_counts_and_is_due_once() -> None:
+    progress = Progress()
+    progress.control.is_training = True
+    for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+        progress.hear(signum, None)
+    assert [progress.control.reach(), progress.control.reach()] == [signal.SIGTERM, None]
 
 
 def wait(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
@@ -223,7 +225,7 @@ def test_an_exception_says_what_is_kept(
 
 
 def test_saving_by_the_clock_takes_a_hundredth_of_the_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    keeper = LastCheckpoint(tmp_path, ExactResume())
+    keeper = LastCheckpoint(tmp_path, ExactResume(), Control(Processes()))
     for seconds, wait in ((0.1, 60.0), (2.0, 200.0)):
         times = iter([1000.0, 1000.0 + seconds])
         monkeypatch.setattr("slm.run.callbacks.time.monotonic", lambda times=times: next(times))
@@ -263,7 +265,7 @@ def test_a_ctrl_c_whose_answer_cannot_be_shown_still_stops_the_run(
         raise OSError(5, "the terminal has gone")
 
     signal_in(monkeypatch, "training_step", signal.SIGINT, step=2)
-    monkeypatch.setattr("slm.run.callbacks.os.write", fail)
+    monkeypatch.setattr("slm.run.signals.os.write", fail)
     with pytest.raises(SystemExit) as exit_info:
         slm(*SMALL)
     assert exit_info.value.code == 130

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from slm.command.streams import failure_to_print, standard_streams
 from slm.errors import InputError
@@ -62,8 +61,6 @@ def _status_of_every_ending() -> Iterator[None]:
         if is_near_its_end and is_to_go_on and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             requeue()
         sys.exit(128 + stop.signum)
-    except SIGTERMException:
-        sys.exit(128 + signal.SIGTERM)
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
             sys.exit(128 + signal.SIGINT)  # Lightning makes it SystemExit(1)

@@ -117,7 +117,7 @@ class TrainingParser:
 
     def dump(self, settings: Namespace) -> str:
         """Settings in YAML, as `--config` takes them."""
-        return str(self.parser.dump(settings, skip_none=False))
+        return str(self.parser.dump(settings, skip_unset=False))
 
 
 def _maker(model_class: type[LanguageModel]) -> Callable[..., LanguageModel]:

@@ -79,7 +79,7 @@ class Processes:
         keys = {rank: f"here {rank}" for rank in range(self.world_size)}
         self._wait_for(keys, f": each is started {how}", speaks=self.rank == 0)
 
-    def _wait_for(self, keys: dict[int, str], why: str, speaks: bool, patience: float = SECONDS_OF_PATIENCE) -> None:
+    def _wait_for(self, keys: dict[int, str], why: str, speaks: bool, patience: float | None = None) -> None:
         """Wait until the keys, each set by the process of a rank, are in the store; a signal is heard meanwhile."""
 
         def missing() -> str:
@@ -137,8 +137,8 @@ class Processes:
 class _Wait:
     """A wait that ends, and that says what it is for when it lasts."""
 
-    def __init__(self, reason: Callable[[], str], speaks: bool, patience: float = SECONDS_OF_PATIENCE) -> None:
-        self.reason, self.speaks, self.patience = reason, speaks, patience
+    def __init__(self, reason: Callable[[], str], speaks: bool, patience: float | None = None) -> None:
+        self.reason, self.speaks, self.patience = reason, speaks, patience or SECONDS_OF_PATIENCE
         self._start = time.monotonic()
 
     def look(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_FLAGS, UNSHOWN
+from conftest import SMALL_FLAGS, UNSHOWN, run_command
 from test_endings import signal_in
 
 from slm.cli import main
@@ -69,7 +69,7 @@ def test_a_requeued_job_goes_on_in_its_run_and_ends_with_the_same_bits(
     assert kept == {"best.ckpt", "last.ckpt"}
     assert read_checkpoint(RUNS / "version_1/checkpoints/last.ckpt")["global_step"] == 6
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert "the job was requeued: it goes on in runs/version_1" in slm(*SMALL, "--trainer.max_epochs=2")
+    assert "the job was started again: it goes on in runs/version_1" in slm(*SMALL, "--trainer.max_epochs=2")
     whole, requeued = last("version_0"), last("version_1")
     assert all(torch.equal(value, requeued[name]) for name, value in whole.items())
     assert {path.name for path in RUNS.iterdir()} == {"version_0", "version_1"}
@@ -151,10 +151,15 @@ def test_a_job_that_cannot_be_requeued_says_so_and_keeps_its_step(
     assert re.search(r"stopped by SIGUSR1 at step 3, which is kept; go on with .*last.ckpt", said)
 
 
-def test_more_tasks_than_processes_are_refused_and_leave_nothing(
-    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert stopped(*SMALL) == 2
-    assert "error: You set `--ntasks=4` in your SLURM bash script" in capsys.readouterr().err
-    assert list(RUNS.iterdir()) == []
+def test_a_job_says_for_which_of_its_tasks_it_waits(job: Path, workdir: Path) -> None:
+    code = (
+        "import slm.run.processes as p\np.SECONDS_OF_SILENCE, p.SECONDS_OF_PATIENCE = 0.1, 1.0\n"
+        "from slm.cli import main\nmain([])\n"
+    )
+    result = run_command("-c", code, cwd=workdir, SLURM_NTASKS="4", SLURM_NTASKS_PER_NODE="4")
+    missing = "3 of 4 processes, rank 1, 2, 3: each is started with srun"
+    assert result.returncode == 2
+    said, error = result.stderr.splitlines()
+    assert said == f"waiting for {missing}"
+    assert re.fullmatch(rf"error: given up after waiting 1 seconds for {missing}", error)
+    assert not RUNS.exists()
