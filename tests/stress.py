@@ -132,7 +132,9 @@ class Trace(Callback):
         self._write(str(trainer.global_step))
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn != "fit":
+            self._write("closing")
+        elif not trainer.sanity_checking:
             self._write("validation")
 
     def _write(self, line: str) -> None:
@@ -511,6 +513,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
     parser.add_argument("--trials", type=int, default=140, help="runs that are stopped, resumed and compared")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--processes", type=int, default=1, help="that train a run together")
     arguments = parser.parse_args(argv)
     rng = random.Random(arguments.seed)
     with (
@@ -518,6 +521,12 @@ def main(argv: list[str] | None = None) -> int:
         tempfile.TemporaryDirectory() as temporary,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
+        if arguments.processes > 1:
+            sys.path.insert(0, str(ROOT / "tests"))
+            import stress_processes
+
+            found = stress_processes.trials(Path(temporary), arguments.processes, rng, arguments.trials)
+            return 0 if stress_processes.report(found) else 1
         stress = Stress(Path(temporary))
         stress.damaged("validations", rng)
         for trial in [pool.submit(*trial) for trial in islice(trials(stress, rng), arguments.trials)]:

@@ -1,11 +1,13 @@
 """What is private in Lightning and used all the same: that it is still there, and still needed."""
 
 import ast
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, fit, small_data, small_model
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from slm.run import lightning_internals
@@ -48,6 +50,24 @@ def test_the_loops_still_have_the_private_names() -> None:
     assert loop._restart_stage == "none"
     assert callable(loop._should_check_val_fx)
     assert trainer.fit_loop._data_fetcher is None
+    assert callable(loop._broadcast_sigterm_tensor)
+    assert callable(trainer._signal_connector.register_signal_handlers)
+
+
+@pytest.mark.parametrize("is_left_alone", [True, False])
+def test_lightning_takes_the_signals_unless_it_is_kept_from_it(is_left_alone: bool) -> None:
+    handlers: list[Any] = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, callbacks=[Look()], **quiet)
+    trainer = lightning_internals.without_signals(trainer) if is_left_alone else trainer
+    trainer.fit(small_model(), small_data())
+    assert (handlers == [before]) == is_left_alone
 
 
 def test_the_public_names_of_the_bars_still_assert_that_the_bars_are_there() -> None:

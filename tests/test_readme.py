@@ -22,6 +22,9 @@ OTHER = [line for line in COMMANDS if line not in SETUP + TRAIN]
 MY_MODEL, PYTHON_EXAMPLE = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 [ENTROPIES] = [line for line in OTHER if line.startswith("python -c ")]
 STRESS = "python -m tests.stress"
+STRESS_PROCESSES = f"{STRESS} --processes 2"
+PROCESSES_COST = "python -m tests.processes_cost"
+[TORCHRUN] = [line for line in OTHER if line.startswith("torchrun ")]
 BENCHMARK = "python -m slm.benchmark"
 RECIPE = f"{BENCHMARK} --config configs/small_text.yaml"
 SWEEPS = [line for line in OTHER if line.startswith(f"{BENCHMARK} --sweep ")]
@@ -50,7 +53,8 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
     run_in_order = [line for line in OTHER if module_of(line) is not None]
     assert len(run_in_order) >= 6
     left = [line for line in OTHER[2:] if line not in run_in_order]
-    assert left == [ENTROPIES, STRESS, GENERATE_BENCHMARK, BENCHMARK, RECIPE, *SWEEPS]
+    of_processes = [TORCHRUN, STRESS_PROCESSES, PROCESSES_COST]
+    assert left == [ENTROPIES, STRESS, *of_processes, GENERATE_BENCHMARK, BENCHMARK, RECIPE, *SWEEPS]
 
 
 def test_it_is_short_enough_to_be_read() -> None:
@@ -118,7 +122,7 @@ def test_the_commands_run_one_after_another(
         is_long = any(f"configs/{name}.yaml" in argv for name in RECIPES)
         shorter = [*SHORTER, *(["--trainer.max_steps=2", "--trainer.val_check_interval=1"] if is_long else [])]
         main([*argv, *([] if evaluates else shorter), *([] if resumes else SMALLER)])
-    assert {path.name for path in Path("runs").iterdir()} == {f"version_{number}" for number in range(12)}
+    assert {path.name for path in Path("runs").iterdir()} == {f"version_{number}" for number in range(13)}
     assert Path("exported/model.safetensors").is_file()
     tensorboard = shlex.split(OTHER[1])
     result = run_command("-m", "tensorboard.main", *tensorboard[1:], "--inspect", cwd=workdir)
@@ -144,6 +148,30 @@ def test_runs_are_stopped_and_resumed_with_the_same_bits_as_the_table_of_the_com
     survived = sum(int(tried) for name, tried, *_ in stated if "must differ" not in name)
     assert f"has {survived} stops and faults, each survived with equal bits" in " ".join(README.split())
     assert {name for name, *_ in rows} <= {name for name, *_ in stated}
+
+
+@pytest.mark.slow
+def test_torchrun_runs_as_the_readme_says(workdir: Path) -> None:
+    argv = ["-m", "torch.distributed.run", *shlex.split(TORCHRUN)[1:]]
+    argv[argv.index("train.py")] = str(ROOT / "train.py")
+    result = run_command(*argv, *SHORTER, *SMALLER, cwd=workdir)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in Path("runs").iterdir()] == ["version_0"]
+
+
+@pytest.mark.slow
+def test_runs_of_two_processes_are_stopped_and_resumed_as_the_readme_says() -> None:
+    result = run_command(*shlex.split(STRESS_PROCESSES)[1:], "--trials", "4", cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"^4 stops in (\d+) runs, of which \1 ended bitwise equal$", result.stdout, re.M)
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_second_process_is_measured_beside_a_bare_loop() -> None:
+    result = run_command(*shlex.split(PROCESSES_COST)[1:], "--rounds", "1", cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"^\| (.+?) \| [\d.]+ \([\d.]+ to [\d.]+\) \| [\d.]+ \|$", result.stdout, re.M)
+    assert rows == ["slm, one process", "slm, two", "bare loop, two"]
 
 
 @pytest.mark.slow
@@ -185,13 +213,13 @@ def test_the_speed_of_writing_is_measured_beside_hugging_face(workdir: Path) -> 
     assert result.returncode == 0, result.stderr
     figures = r"^\| (\d+) \| (\d+) \| [\d,]+ \([\d,]+ to [\d,]+\) \| [\d,]+ \| [\d.]+ \|$"
     assert re.findall(figures, result.stdout, re.M) == [("16", "1"), ("16", "2")]
-    assert len(re.findall(figures, README, re.M)) >= 4
+    assert len(re.findall(figures, README, re.M)) >= 2
 
 
 @pytest.mark.slow
 def test_a_sweep_measures_the_command_at_each_value(workdir: Path) -> None:
     swept = [shlex.split(line)[4] for line in SWEEPS]
-    assert swept == ["model.vocab_size", "model.max_seq_len", "model.embed_dim", "model.num_layers"]
+    assert swept == ["model.vocab_size", "model.max_seq_len"]
     result = run_command(
         *shlex.split(SWEEPS[0])[1:4], swept[0], "64,128", *SMALLER, "--data.num_tokens=9000", cwd=workdir
     )

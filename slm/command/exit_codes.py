@@ -1,5 +1,6 @@
 """How a command ends: its exit status and its last line."""
 
+import gc
 import os
 import shlex
 import signal
@@ -7,14 +8,17 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch.distributed.device_mesh import DeviceMesh
 
 from slm.command.streams import failure_to_print, standard_streams
 from slm.errors import InputError
 from slm.messages import say
+from slm.run.control import leave_at_once
 from slm.run.job import is_slurm_job, requeue
 from slm.run.signals import Stopped
 
@@ -52,7 +56,6 @@ def _status_of_every_ending() -> Iterator[None]:
         yield
         _leave_process_group()
     except Stopped as stop:
-        _leave_process_group()
         say(
             f"{stop}; go on with {command_name()} --ckpt_path {shlex.quote(str(stop.path))}" if stop.path else str(stop)
         )
@@ -60,10 +63,10 @@ def _status_of_every_ending() -> Iterator[None]:
         is_near_its_end = is_slurm_job() and signal.Signals(stop.signum).name == "SIGUSR1"
         if is_near_its_end and is_to_go_on and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             requeue()
-        sys.exit(128 + stop.signum)
+        _leave(128 + stop.signum)
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
-            sys.exit(128 + signal.SIGINT)  # Lightning makes it SystemExit(1)
+            _leave(128 + signal.SIGINT)  # Lightning makes it SystemExit(1)
         raise
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         is_meant = isinstance(error, InputError | MisconfigurationException) or _is_raised_by_lightning(error)
@@ -78,13 +81,28 @@ def command_name() -> str:
     return shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1])
 
 
+def _leave(status: int) -> NoReturn:
+    if _has_process_group():
+        leave_at_once(status)
+    sys.exit(status)
+
+
 def _leave_process_group() -> None:
     """Join the threads of a process group, as Lightning does for NCCL alone.
 
     One of gloo's that lets go of its last tensor while the interpreter shuts down aborts the process, now and then.
+    They are joined when nobody refers to their group any more. In torch 2.13 a mesh of devices does, which torch's
+    caches keep when the sharded model is gone.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _has_process_group():
         torch.distributed.destroy_process_group()
+        for mesh in (found for found in gc.get_objects() if type(found) is DeviceMesh):
+            getattr(mesh, "_pg_registry", {}).clear()
+        gc.collect()
+
+
+def _has_process_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _is_raised_by_lightning(error: BaseException) -> bool:

@@ -4,14 +4,15 @@ Lightning can start them too. But it looks at them every five seconds, kills ran
 should, and leaves one behind that a signal has missed. Here all processes are children of one that does nothing else.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.distributed as dist
 from jsonargparse import Namespace
@@ -21,10 +22,10 @@ from slm.errors import InputError, check
 from slm.hardware import accelerator_kind
 from slm.messages import say_here
 from slm.run.control import LOST, SECONDS_OF_GRACE, SIGNALS
-from slm.run.processes import AGENT_STORE, Processes
+from slm.run.processes import AGENT_STORE, FAILED, Processes
 
 SECONDS_BETWEEN_LOOKS = 0.05
-SECONDS_TO_LEAVE = SECONDS_OF_GRACE + 3
+SECONDS_TO_LEAVE = SECONDS_OF_GRACE + 2
 """After one process has failed, until the others are killed: they have their own time to leave."""
 ACCELERATORS: dict[str, Any] = {"cpu": CPUAccelerator, "cuda": CUDAAccelerator, "mps": MPSAccelerator}
 
@@ -55,8 +56,8 @@ def count_devices(trainer: Namespace, processes: Processes) -> tuple[int, int]:
     return started, nodes
 
 
-def launch(num_devices: int, num_nodes: int, argv: Sequence[str] | None) -> NoReturn:
-    """Start this command once for each device of this node, and leave as the processes do.
+def launch(num_devices: int, num_nodes: int, argv: Sequence[str] | None) -> None:
+    """Start this command once for each device of this node, and wait until all have ended.
 
     Args:
         num_devices: of this node.
@@ -76,9 +77,10 @@ def launch(num_devices: int, num_nodes: int, argv: Sequence[str] | None) -> NoRe
     )
     host = os.environ.get("MASTER_ADDR", "127.0.0.1") if num_nodes > 1 else "127.0.0.1"
     port = int(os.environ["MASTER_PORT"]) if num_nodes > 1 else 0
+    store = None
     if node_rank == 0:
         try:
-            store = dist.TCPStore(host, port, None, True, timeout=timedelta(minutes=5), wait_for_workers=False)
+            store = _store(host, port, serves=True)
         except RuntimeError as error:
             raise InputError(f"MASTER_PORT={port} cannot be served ({error}): give a free one") from error
         port = store.port
@@ -98,14 +100,19 @@ def launch(num_devices: int, num_nodes: int, argv: Sequence[str] | None) -> NoRe
         for local_rank in range(num_devices):
             own = {"RANK": str(node_rank * num_devices + local_rank), "LOCAL_RANK": str(local_rank)}
             children.start(command, {**os.environ, **shared, **own}, heard)
-        status = children.watch()
+        status = children.watch(lambda: (store or _store(host, port)).set(f"0/{FAILED}", "1"))
     except BaseException:
         children.kill()
         raise
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    sys.exit(status)
+    if status != 0:
+        sys.exit(status)
+
+
+def _store(host: str, port: int, serves: bool = False) -> dist.TCPStore:
+    return dist.TCPStore(host, port, None, serves, timeout=timedelta(seconds=5), wait_for_workers=False)
 
 
 class _Children:
@@ -129,8 +136,12 @@ class _Children:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def watch(self) -> int:
-        """Wait for all of them; returns the exit status of the first that failed, 0 if none did."""
+    def watch(self, tell_others: Callable[[], None]) -> int:
+        """Wait for all of them; returns the exit status of the first that failed, 0 if none did.
+
+        Args:
+            tell_others: called when one has failed, for those that wait for it to start.
+        """
         first: subprocess.Popen[bytes] | None = None
         failed_at = 0.0
         while running := [process for process in self._processes if process.poll() is None]:
@@ -138,10 +149,13 @@ class _Children:
                 self._send(self._signals.pop(0), running)
             if first is None and (first := self._failed()) is not None:
                 failed_at = time.monotonic()
+                with contextlib.suppress(RuntimeError):  # there may be nobody
+                    tell_others()
             if first is not None and time.monotonic() > failed_at + SECONDS_TO_LEAVE:
                 self._send(signal.SIGKILL, running)
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        first = first or self._failed()
+        failed = [first or self._failed(), *self._processes]
+        first = next((one for one in failed if one and one.returncode not in (0, LOST)), failed[0])
         if first is None:
             return 0
         status = first.returncode

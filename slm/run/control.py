@@ -14,9 +14,10 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 from multiprocessing.connection import Client, Connection, Listener, wait
-from typing import Any
+from typing import Any, NoReturn
 
 from slm.run.processes import Processes
 
@@ -26,8 +27,16 @@ SAVE = 0
 """An order to save; any other is the number of a signal, to save and stop."""
 LOST = 75
 """The exit status of a process that goes because another one is gone; EX_TEMPFAIL."""
-SECONDS_OF_GRACE = 5.0
+SECONDS_OF_GRACE = 3.0
 """How long the main thread may take to leave once there is nothing more to save."""
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """End this process without waiting for a process group, as its end would: others may never answer."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 class Control:
@@ -35,21 +44,25 @@ class Control:
 
     Attributes:
         is_training: whether orders wait for a place; else a signal ends the processes at once.
+        leaves_for: the signal that ends them at once.
+        has_stopped: whether the main thread is leaving for a signal, and hears no other.
+        has_failed: whether this process goes without a good-bye.
     """
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self.is_training = False
+        self.leaves_for: int | None = None
         self._place = -1
         self._due: dict[int, int] = {}
         self._is_agreeing = False
         self._changed = threading.Condition()
         self._lost = threading.Event()
+        self.has_stopped = self.has_failed = False
         self._is_leaving = False
         self._peers: dict[int, Connection] = {}
         self._told: dict[int, int] = {}  # by rank 0: how far each has come
         self._orders: list[int] = []
-        self._inbox, self._own_end = socket.socketpair()
         self._parent = os.getppid()
 
     # ---- for the main thread
@@ -87,7 +100,8 @@ class Control:
 
     def has_lost_another(self, seconds: float) -> bool:
         """Whether another process has gone without a word, or does so in this time."""
-        return self.processes.world_size > 1 and self._lost.wait(seconds)
+        is_possible = self.processes.world_size > 1 and self.leaves_for is None
+        return is_possible and self._lost.wait(seconds)
 
     # ---- the thread
 
@@ -95,6 +109,7 @@ class Control:
         """Connect all processes through rank 0, and hear signals from here on; `processes` have met."""
         if self.processes.world_size == 1:
             return
+        self._inbox, self._own_end = socket.socketpair()
         self._own_end.setblocking(False)
         signal.set_wakeup_fd(self._own_end.fileno(), warn_on_full_buffer=False)
         if self.processes.rank == 0:
@@ -109,14 +124,22 @@ class Control:
             peer = Client((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), authkey=key.encode())
             peer.send(self.processes.rank)
             self._peers[0] = peer
+        os.register_at_fork(after_in_child=self._forget)  # a worker would keep the connections of a dead process open
         threading.Thread(target=self._serve, name="control", daemon=True).start()
 
     def close(self) -> None:
         """Say good-bye, so that the others do not take this process for lost."""
-        if self._peers:
+        if self.processes.world_size > 1:
             signal.set_wakeup_fd(-1)
             self._is_leaving = True
-            self._tell("bye")
+            if not self.has_failed:
+                self._tell("bye")
+
+    def _forget(self) -> None:
+        signal.set_wakeup_fd(-1)
+        ends: list[Any] = [*self._peers.values(), self._inbox, self._own_end]
+        for end in ends:
+            end.close()
 
     def _serve(self) -> None:
         while True:
@@ -175,6 +198,8 @@ class Control:
             self._lose()
         elif message == "bye":
             del self._peers[rank]
+            if self.is_training and not any(self._due.values()):  # it was told to stop before it trained
+                self._leave(next(filter(None, self._orders), signal.SIGTERM))
 
     def _wait_at_next_place(self) -> int:
         with self._changed:
@@ -198,7 +223,7 @@ class Control:
     def _leave(self, signum: int) -> None:
         """End this process as the signal does, even where the main thread waits for others in vain."""
         if not self._is_leaving:
-            self._is_leaving, self.is_training = True, False
+            self._is_leaving, self.is_training, self.leaves_for = True, False, signum
             if self.processes.rank == 0:
                 self._tell("leave", signum)
             os.kill(os.getpid(), signum)

@@ -25,6 +25,8 @@ SECONDS_OF_SILENCE = 30.0
 SECONDS_OF_PATIENCE = 1800.0
 """How long it waits for them to start."""
 SECONDS_BETWEEN_LOOKS = 0.02
+FAILED = "failed"
+"""A key in the store that `slm.command.launcher` sets when a process has failed; torchrun ends the others itself."""
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 """Set by a launcher that serves the store itself; else rank 0 does."""
 
@@ -68,12 +70,12 @@ class Processes:
             try:
                 timeout = timedelta(seconds=5)
                 store = dist.TCPStore(host, port, None, serves, timeout=timeout, wait_for_workers=False)
-                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-                self.store = dist.PrefixStore(f"slm {attempt}", store)
+                self.store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             except RuntimeError as error:  # nobody is there yet
                 if serves:
                     raise InputError(f"MASTER_PORT={port} cannot be served ({error}): give a free one") from error
                 wait.look()
+        self.store.set_timeout(timedelta(seconds=SECONDS_OF_PATIENCE))
         self.store.set(f"here {self.rank}", "1")
         how = "with srun" if self.launcher == "srun" else "by the same command on its node"
         keys = {rank: f"here {rank}" for rank in range(self.world_size)}
@@ -88,6 +90,8 @@ class Processes:
 
         wait = _Wait(missing, speaks, patience)
         while not self.store.check(list(keys.values())):
+            if self.store.check([FAILED]):
+                raise dist.DistError("another process has failed")
             wait.look()
 
     def from_all(self, value: Any) -> list[Any]:

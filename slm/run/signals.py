@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from torch.distributed import DistError
 
+from slm.errors import InputError
 from slm.run.checkpoint import last_checkpoint
-from slm.run.control import LOST, SIGNALS, Control
+from slm.run.control import LOST, SIGNALS, Control, leave_at_once
 from slm.run.processes import Processes
 
 SECONDS_TO_NOTICE = 2.0
@@ -46,11 +46,13 @@ class Progress:
         control: agrees with the other processes when to stop.
         trainer: which trains, once there is one.
         run: the folder of its run, where it has one.
+        stop: what ended it, where a signal has. Libraries may turn it into an error of their own.
     """
 
     control: Control = field(default_factory=lambda: Control(Processes()))
     trainer: Trainer | None = None
     run: Path | None = None
+    stop: Stopped | None = None
     heard: set[int] = field(default_factory=set)
 
     def steps(self) -> int:
@@ -64,8 +66,12 @@ class Progress:
 
     def hear(self, signum: int, frame: Any) -> None:
         """Stop at once, or in training at the next place where the run can be saved; a second Ctrl-C does not wait."""
+        if self.control.has_stopped:
+            return
         if not self.control.is_training:
-            raise Stopped(signum, self.steps(), self.last())
+            self.control.has_stopped = True
+            self.stop = self.stop or Stopped(signum, self.steps(), self.last())
+            raise self.stop
         if signum == signal.SIGINT and signum in self.heard:
             raise KeyboardInterrupt
         self.heard.add(signum)
@@ -92,12 +98,23 @@ def stopped_by_signals() -> Iterator[Progress]:
     try:
         yield progress
     except Exception as error:
-        control = progress.control
-        has_lost_rank_0 = control.processes.world_size > 1 and isinstance(error, DistError)
-        if has_lost_rank_0 or control.has_lost_another(SECONDS_TO_NOTICE):
-            sys.exit(LOST)  # the launcher tells of the loss
+        progress.control.has_failed = True
+        if progress.stop is None and progress.control.leaves_for is not None:
+            progress.stop = Stopped(progress.control.leaves_for, progress.steps(), progress.last())
+        if progress.stop is not None:
+            raise progress.stop from error
+        if _is_told_elsewhere(error, progress.control):
+            leave_at_once(LOST)
         raise
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
         progress.control.close()
+
+
+def _is_told_elsewhere(error: Exception, control: Control) -> bool:
+    """Whether an error comes of another process that has failed, or is the same as there: one of them tells it."""
+    processes = control.processes
+    if processes.world_size == 1 or (processes.rank == 0 and isinstance(error, InputError)):
+        return False
+    return isinstance(error, DistError) or control.has_lost_another(SECONDS_TO_NOTICE)
