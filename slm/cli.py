@@ -13,7 +13,7 @@ from slm.command.exit_codes import command_name, ends_in_one_line
 from slm.command.launcher import count_devices, launch
 from slm.command.settings import Command, read_command
 from slm.command.streams import print_only_messages
-from slm.command.trainer import check_trainer, new_trainer
+from slm.command.trainer import check_trainer, new_trainer, shards_model
 from slm.data import TokenData
 from slm.data.token_data import check_shares
 from slm.errors import InputError, check
@@ -23,6 +23,7 @@ from slm.run.checkpoint import RUNS, best_checkpoint, load_weights, read_checkpo
 from slm.run.control import Control
 from slm.run.folder import RunFolder
 from slm.run.processes import Processes, launched_processes
+from slm.run.sharding import give_weights
 from slm.run.signals import Progress, stopped_by_signals
 from slm.training.language_model import LanguageModel
 from slm.watch.report import closing_report, evaluated
@@ -61,8 +62,10 @@ def train(argv: Sequence[str], progress: Progress, is_own: bool = False) -> None
     if num_devices * num_nodes > 1 and not processes.launcher:
         check_trainer(vars(command.settings.trainer))
         launch(num_devices, num_nodes, None if is_own else argv)
+        return
     seed_everything(command.settings.seed_everything)
-    model = command.new_model()
+    gets_weights = shards_model(vars(command.settings.trainer), processes.world_size) and processes.rank > 0
+    model = command.new_model(on_meta=gets_weights)  # rank 0 shares its own out
     data = command.new_data(model)
     settings = command.instantiate()  # with callbacks, loggers and plugins made
     if settings.trainer.devices == "auto":
@@ -92,6 +95,7 @@ def train(argv: Sequence[str], progress: Progress, is_own: bool = False) -> None
         trainer.fit(model, data, ckpt_path=command.ckpt_path, weights_only=True)
         check_that_it_trained(command, trainer, folder)
         finish(command, trainer, model, data, folder, processes)
+        progress.trainer = None  # a sharded model keeps the process group, which is left next
 
 
 def check_same_everywhere(processes: Processes, data: TokenData) -> None:
@@ -105,7 +109,10 @@ def check_same_everywhere(processes: Processes, data: TokenData) -> None:
         )
     if (world_size := processes.world_size) > 1:
         batch_size = data.hparams["batch_size"]
-        say(f"{world_size} processes: each has {batch_size // world_size} of the {batch_size} windows in a batch")
+        say(
+            f"{world_size} processes share each batch of {batch_size} windows, {batch_size // world_size} on each: "
+            "steps and learning rate mean what they do on one"
+        )
 
 
 def take_over_weights(command: Command, model: LanguageModel, data: TokenData) -> None:
@@ -149,9 +156,8 @@ def finish(
         trainer.logger = None
         if trainer.progress_bar_callback is not None:
             trainer.progress_bar_callback.disable()
-        if trainer.is_global_zero:
-            load_weights(model.transformer, read_checkpoint(best), best)
-        [reached] = trainer.validate(model, data, verbose=False)  # Lightning gives all processes rank 0's weights
+        give_weights(model, read_checkpoint(best) if trainer.is_global_zero else None, best)
+        [reached] = trainer.validate(model, data, verbose=False)
     if run is not None:
         hparams = {**data.hparams, **model.hparams}
         loss = reached["val/loss"] if has_best else None

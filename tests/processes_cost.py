@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Measure(Callback):
             self.sent.append(bytes_sent())
         if step == LAST:
             times = self.times[FIRST - 1 :]
-            seconds = statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+            seconds = statistics.median(b - a for a, b in pairwise(times))
             print(f"measured {1000 * seconds:.2f} {(self.sent[1] - self.sent[0]) / (LAST - FIRST):.0f}", flush=True)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:

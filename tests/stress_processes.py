@@ -6,6 +6,7 @@ the run, resumed, must end with the same bits as one that was never stopped.
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -142,6 +143,7 @@ def stop(run: Run, signum: signal.Signals, target: str, num: int, is_torchrun: b
     status = run.process.returncode
     if is_running and status != 0 and status not in expected_statuses(signum, target, is_torchrun):
         problems.append(f"exit status {status}")
+    said = re.sub(r"Exception ignored in(.*\n)+?slm\.run\.signals\.Stopped.*\n", "", said)  # Python's, at a fork
     messages = [line for line in said.splitlines() if line.startswith(("stopped by", "error:"))]
     if len(messages) > 1 or ("Traceback" in said and not is_torchrun):
         problems.append(f"it said {said[-1500:]}")

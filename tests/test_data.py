@@ -136,7 +136,7 @@ def test_a_batch_that_the_devices_cannot_share_equally_is_refused() -> None:
     data = small_data(batch_size=4)
     data.setup()
     data.trainer = SimpleNamespace(world_size=3, global_rank=0)  # type: ignore[assignment]
-    with pytest.raises(InputError, match="batch_size=4 windows cannot be shared .* give --data.batch_size 3 or 6"):
+    with pytest.raises(InputError, match=r"batch_size=4 windows cannot be shared .* give --data.batch_size 3 or 6"):
         data.train_dataloader()
 
 

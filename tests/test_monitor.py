@@ -91,7 +91,8 @@ def test_speed_counts_the_tokens_of_an_accumulated_step() -> None:
 
 def test_speed_counts_the_tokens_of_all_devices() -> None:
     step_monitor = StepMonitor()
-    trainer: Any = SimpleNamespace(world_size=3, global_step=1, log_every_n_steps=10)
+    data = SimpleNamespace(windows_in=lambda batch, is_training: (2, 6))
+    trainer: Any = SimpleNamespace(world_size=3, global_step=1, log_every_n_steps=10, datamodule=data)
     step_monitor.on_train_batch_end(trainer, small_model(), None, (torch.zeros(2, 5), torch.zeros(2, 5)), 0)
     assert step_monitor._tokens == 30
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator
 
 from slm.errors import InputError, check
@@ -34,12 +35,15 @@ def count_devices(trainer: Namespace, processes: Processes) -> tuple[int, int]:
     """How many devices each node has, and how many nodes there are: as the launcher says, else as the settings do.
 
     Raises:
-        InputError: the settings say something else than the launcher.
+        InputError: the settings are none, or say something else than the launcher.
     """
     kind = ACCELERATORS.get(accelerator_kind(str(trainer.accelerator)))
     devices: Any = 1 if kind is None else kind.auto_device_count()
     if kind is not None and trainer.devices != "auto":
-        devices = kind.parse_devices(trainer.devices)
+        try:
+            devices = kind.parse_devices(trainer.devices)
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise InputError(f"trainer.devices={trainer.devices}: {error}") from error
     asked = len(devices) if isinstance(devices, list) else int(devices or 1)
     if not processes.launcher:
         return asked, trainer.num_nodes

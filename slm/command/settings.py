@@ -4,10 +4,12 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 
 from slm.command.parser import LINKED, TrainingParser, read_settings
@@ -105,9 +107,11 @@ class Command:
         has_optimizer = self.start.steps is not None
         return str(self.start.path) if has_optimizer and self.start.path else None
 
-    def new_model(self) -> LanguageModel:
+    def new_model(self, on_meta: bool = False) -> LanguageModel:
+        """The model; on the meta device, where weights have no values, if another process shares its own out."""
         options = {name: value for name, value in vars(self.settings.model).items() if name != "class_path"}
-        return _made(self.model_class, options)
+        with torch.device("meta") if on_meta else nullcontext():
+            return _made(self.model_class, options)
 
     def new_data(self, model: LanguageModel) -> TokenData:
         """The data, which takes the size of the vocabulary and of a window from the model."""

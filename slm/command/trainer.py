@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.precision import DoublePrecision
 
 from slm.command.settings import Command
 from slm.errors import InputError, check
@@ -27,8 +29,9 @@ from slm.run.folder import RunFolder
 from slm.run.lightning_internals import without_signals
 from slm.run.processes import Processes
 from slm.run.resume import ExactResume
+from slm.run.sharding import FullySharded
 from slm.watch.monitor import KnownLimits, ProgressBar, StepMonitor
-from slm.watch.tensorboard import Watcher
+from slm.watch.tensorboard import Watch, Watcher
 
 AT_LEAST = {
     "accumulate_grad_batches": 1,
@@ -132,10 +135,39 @@ def new_trainer(
         "enable_progress_bar": shows_bar,
         "use_distributed_sampler": False,  # the data gives each process its own share
     }
+    if asked["strategy"] == FSDP2:
+        ours.update(_strategy(ours, control.processes.world_size))
     try:
         return without_signals(Trainer(**{**asked, **ours}))
     except (ValueError, TypeError, RuntimeError, ModuleNotFoundError, MisconfigurationException) as error:
         raise InputError(f"the Trainer refuses its settings: {error}") from error
+
+
+def shards_model(asked: Mapping[str, Any], num_processes: int) -> bool:
+    """Whether each process has a shard of the model alone; there is none to share it with on one device."""
+    return bool(asked["strategy"] == FSDP2) and num_processes > 1
+
+
+def _strategy(ours: Mapping[str, Any], num_processes: int) -> dict[str, Any]:
+    """What fsdp2 changes in our arguments of the Trainer; raises InputError for a precision that scales gradients."""
+    if num_processes == 1:
+        say("fsdp2: on one device nothing is sharded")
+        return {"strategy": "auto"}
+    check(
+        ours["precision"] not in ("16-mixed", "16"),
+        "trainer.precision=16-mixed scales gradients, which is not done of shards: use bf16-mixed",
+    )
+    changes: dict[str, Any] = {"strategy": FullySharded(num_processes)}
+    if ours["precision"] in ("64-true", "64"):  # Lightning refuses the word under such a strategy, and takes the plugin
+        changes.update(precision=None, plugins=[*ours["plugins"], DoublePrecision()])
+    return changes
+
+
+def _without_weights(watch: Watch) -> Watch:
+    """What can be shown of a sharded model: nothing for which rank 0 would need the other ranks' weights."""
+    if watch.samples or watch.attention or watch.embedding:
+        say("fsdp2: samples, attention and embedding are not shown of a sharded model")
+    return replace(watch, samples=False, attention=False, embedding=False)
 
 
 def _callbacks(
@@ -151,7 +183,9 @@ def _callbacks(
         first.append(resume)
         others += [StepMonitor(), SelfContained()]
         if run is not None:
-            others += [ConfigKeeper(run / "config.yaml", command.text()), Watcher(settings.watch)]
+            has_shards = shards_model(vars(settings.trainer), control.processes.world_size)
+            watch = _without_weights(settings.watch) if has_shards else settings.watch
+            others += [ConfigKeeper(run / "config.yaml", command.text()), Watcher(watch)]
             if settings.trainer.enable_checkpointing is not False:
                 first.append(LastCheckpoint(run, resume, control))
                 others.append(BestCheckpoint(run))

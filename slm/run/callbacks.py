@@ -32,10 +32,10 @@ class SelfContained(Callback):
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raises NotFiniteError where a weight is not finite."""
-        for name, weights in checkpoint["state_dict"].items():
-            if not torch.isfinite(weights).all():
-                raise NotFiniteError(f"step {trainer.global_step}: {name}")
+        """Raises NotFiniteError, on all processes, where a weight is not finite. Under fsdp2 rank 0 alone has them."""
+        names = (name for name, weights in checkpoint["state_dict"].items() if not torch.isfinite(weights).all())
+        if (name := trainer.strategy.broadcast(next(names, None))) is not None:
+            raise NotFiniteError(f"step {trainer.global_step}: {name}")
         checkpoint["model_class"] = class_path_of(type(pl_module))
         data = getattr(trainer, "datamodule", None)
         if data is not None:
@@ -165,6 +165,7 @@ class LastCheckpoint(Callback):
 
     def _stop_if(self, signum: int | None, trainer: Trainer) -> None:
         if signum:
+            self.control.is_training, self.control.stops_for = False, signum
             step = trainer.global_step
             raise Stopped(signum, step, self.path if step else None)
 
@@ -181,13 +182,22 @@ class ConfigKeeper(Callback):
         replace_file(self.path, self.config.encode())
 
 
-@rank_zero_only
 def _write_weights(trainer: Trainer, module: Any, path: Path) -> None:
-    """Write `hyper_parameters`, the Transformer's `state_dict` and `tokenizer`, whole or not at all."""
+    """Write `hyper_parameters`, the Transformer's `state_dict` and `tokenizer`, whole or not at all.
+
+    All processes must call this: under fsdp2 the weights are gathered on rank 0, which writes them.
+    """
+    weights = trainer.strategy.lightning_module_state_dict()
+    if not trainer.is_global_zero:
+        return
     content = {
         "hyper_parameters": dict(module.hparams),
         "model_class": class_path_of(type(module)),
-        "state_dict": {name: value.cpu() for name, value in module.transformer.state_dict().items()},
+        "state_dict": {
+            name.removeprefix("transformer."): value.cpu()
+            for name, value in weights.items()
+            if name.startswith("transformer.")
+        },
         "tokenizer": getattr(getattr(trainer, "datamodule", None), "tokenizer", None),
     }
     DurableCheckpointIO().save_checkpoint(content, path)

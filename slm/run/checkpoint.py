@@ -155,7 +155,12 @@ def open_checkpoint(
 
 
 def load_weights(transformer: Transformer, content: dict[str, Any], path: Path) -> None:
-    """Load the weights in the content of a `.ckpt` or a `.pt`; raises InputError where they do not fit."""
+    """Load the weights in the content of a `.ckpt` or a `.pt`; raises InputError where they do not fit.
+
+    A network on the meta device, which has no memory for them, gets them when it is sharded.
+    """
+    if any(parameter.is_meta for parameter in transformer.parameters()):
+        return
     state = {name.removeprefix("transformer."): value for name, value in content["state_dict"].items()}
     try:
         transformer.load_state_dict(state)

@@ -45,7 +45,7 @@ class Control:
     Attributes:
         is_training: whether orders wait for a place; else a signal ends the processes at once.
         leaves_for: the signal that ends them at once.
-        has_stopped: whether the main thread is leaving for a signal, and hears no other.
+        stops_for: the signal for which the main thread is leaving.
         has_failed: whether this process goes without a good-bye.
     """
 
@@ -58,7 +58,8 @@ class Control:
         self._is_agreeing = False
         self._changed = threading.Condition()
         self._lost = threading.Event()
-        self.has_stopped = self.has_failed = False
+        self.stops_for: int | None = None
+        self.has_failed = False
         self._is_leaving = False
         self._peers: dict[int, Connection] = {}
         self._told: dict[int, int] = {}  # by rank 0: how far each has come
@@ -133,7 +134,7 @@ class Control:
             signal.set_wakeup_fd(-1)
             self._is_leaving = True
             if not self.has_failed:
-                self._tell("bye")
+                self._tell("bye", self.stops_for or signal.SIGTERM)
 
     def _forget(self) -> None:
         signal.set_wakeup_fd(-1)
@@ -199,7 +200,7 @@ class Control:
         elif message == "bye":
             del self._peers[rank]
             if self.is_training and not any(self._due.values()):  # it was told to stop before it trained
-                self._leave(next(filter(None, self._orders), signal.SIGTERM))
+                self._leave(*values)
 
     def _wait_at_next_place(self) -> int:
         with self._changed:

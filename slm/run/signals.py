@@ -66,10 +66,10 @@ class Progress:
 
     def hear(self, signum: int, frame: Any) -> None:
         """Stop at once, or in training at the next place where the run can be saved; a second Ctrl-C does not wait."""
-        if self.control.has_stopped:
-            return
+        if self.control.stops_for is not None and self.control.processes.world_size > 1:
+            return  # each of them tells the others
         if not self.control.is_training:
-            self.control.has_stopped = True
+            self.control.stops_for = signum
             self.stop = self.stop or Stopped(signum, self.steps(), self.last())
             raise self.stop
         if signum == signal.SIGINT and signum in self.heard:

@@ -19,6 +19,7 @@ from slm.model.loss import linear_cross_entropy, sum_and_correct
 from slm.model.transformer import Transformer
 from slm.training.hyperparameters import check_ranges, parameters_of
 from slm.training.optimizers import build_optimizer, cosine_rate, num_steps, stepped_by
+from slm.training.shards import is_sharded, recompute_activations, shard, whole
 from slm.training.step import FiniteGuard, Step, is_logged
 
 Batch = tuple[Tensor, Tensor]
@@ -40,6 +41,8 @@ class LanguageModel(LightningModule):
         plateau_patience: how many validations in a row may bring no improvement; the next one without lowers it.
         min_learning_rate: down to which a schedule lowers the learning rate.
         compile: whether to train through torch.compile, which needs a C++ compiler or, on a GPU, Triton.
+        activation_checkpointing: whether what a block computes is not kept for the backward pass but computed again
+            there (Chen et al., 2016): about a third more work, for much less memory.
         options: those of the network.
 
     Raises:
@@ -59,6 +62,7 @@ class LanguageModel(LightningModule):
         plateau_patience: int = 2,
         min_learning_rate: float = 1e-5,
         compile: bool = False,
+        activation_checkpointing: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -66,10 +70,13 @@ class LanguageModel(LightningModule):
         self.save_hyperparameters({**self.network_options(), **options})
         check_ranges(self.hparams)
         self.transformer = self.network(**options)
+        if activation_checkpointing:
+            recompute_activations(self.transformer.blocks)
         # not MeanMetric, which leaves a NaN out of the mean or, with nan_strategy="disable", ignores weights (1.9)
-        self.loss_sum = SumMetric(nan_strategy="disable")
-        self.num_correct = SumMetric(nan_strategy="disable")
-        self.num_tokens = SumMetric(nan_strategy="disable")
+        with torch.device("cpu"):  # where the network is on the meta device too
+            self.loss_sum = SumMetric(nan_strategy="disable")
+            self.num_correct = SumMetric(nan_strategy="disable")
+            self.num_tokens = SumMetric(nan_strategy="disable")
         self._step, self._guard = Step(), FiniteGuard(raises_at_once=True)
         self._num_steps = math.inf  # not known before the training begins
 
@@ -102,7 +109,8 @@ class LanguageModel(LightningModule):
     # ---- training
 
     def on_train_start(self) -> None:
-        self._step, self._guard = Step(), FiniteGuard(raises_at_once=self.device.type == "cpu")
+        is_unfused = is_sharded(self.transformer) and self.hparams["optimizer"] == "sgd"  # and cannot skip a step
+        self._step, self._guard = Step(), FiniteGuard(raises_at_once=self.device.type == "cpu" or is_unfused)
         if isinstance(schedule := self.lr_schedulers(), LambdaLR):
             self._num_steps = num_steps(self.trainer)  # a resumed run may have been given another end
             schedule.last_epoch = self.trainer.global_step  # which counts steps here
@@ -126,7 +134,7 @@ class LanguageModel(LightningModule):
         step, self._step = self._step, Step()
         gradients = [p.grad for p in stepped_by(optimizer) if p.grad is not None]
         step.rescale(gradients, self.trainer.accumulate_grad_batches)
-        self._norm = torch.nn.utils.get_total_norm(gradients)
+        self._norm = whole(torch.nn.utils.get_total_norm(gradients))
         number = self.trainer.global_step + 1
         is_logged_step = number == 1 or is_logged(self.trainer, number)  # the progress bar shows the first
         self._guard.check(step.mean_loss(), self._norm, number - 1, self._scaler, optimizer, is_logged_step)
@@ -238,15 +246,25 @@ class LanguageModel(LightningModule):
         return len(tokens), len(tokens) * self.trainer.world_size
 
     def setup(self, stage: str) -> None:
+        self.trainer.precision_plugin.convert_module(self)  # else a checkpoint's 64 bits are loaded into 32
         device = self.trainer.strategy.root_device.type
         for metric in (self.loss_sum, self.num_correct, self.num_tokens):  # the order of batches is not to be seen
             metric.set_dtype(torch.float32 if device == "mps" else torch.float64)
         if stage == "fit" and self.hparams["compile"]:
             check_can_compile(device)
             tell_compiled_code_by_its_vectors()
+            if self.device_mesh is not None:  # inside the hooks of their calls, which gather their weights
+                for block in self.transformer.blocks:
+                    block.forward = torch.compile(block.forward)
+                return
             # a CUDA graph's next call overwrites its gradients, which accumulation and other GPUs still need
             can_use_graphs = self.trainer.world_size == self.trainer.accumulate_grad_batches == 1
             self.transformer.compile(mode=compile_mode(device, self.transformer) if can_use_graphs else None)
+
+    def configure_model(self) -> None:
+        """Share the weights out where the strategy, `fsdp2`, has a mesh of devices; Lightning may call this again."""
+        if self.device_mesh is not None and not is_sharded(self.transformer):
+            shard(self.transformer, self.device_mesh["data_parallel"])
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuse an id outside the vocabulary while it is on the host, where the error can still name it."""

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from slm.errors import check
 from slm.hardware import fast_dtype
+from slm.training.shards import is_sharded, local, sharded_like, whole_like
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 MOMENTUM = 0.95
@@ -36,6 +38,8 @@ def build_optimizer(network: nn.Module, hparams: Mapping[str, Any], fused: bool)
     if hparams["optimizer"] == "adam":
         return torch.optim.Adam([decayed, others], **settings)
     if hparams["optimizer"] == "sgd":
+        if is_sharded(network):  # torch's kernel does not take shards
+            settings["fused"] = None
         return torch.optim.SGD([decayed, others], momentum=0.9, **settings)
     embeddings = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
     embeddings.add(id(getattr(network, "output_weight", None)))
@@ -95,25 +99,27 @@ class MuonWithAdamW(torch.optim.Optimizer):
         parameters = [p for p in group["params"] if p.grad is not None]
         if not parameters:
             return
-        gradients = [p.grad for p in parameters]
+        gradients = [local(p.grad) for p in parameters]
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        momenta = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         is_taken = None if self.found_inf is None else self.found_inf == 0
         if is_taken is not None:  # the mean of a momentum and itself leaves it as it is
             gradients = [torch.where(is_taken, g, m) for g, m in zip(gradients, momenta, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
-        same_shape: dict[torch.Size, list[int]] = {}
-        for index, parameter in enumerate(parameters):
-            same_shape.setdefault(parameter.shape, []).append(index)
-        for shape, indices in same_shape.items():
-            steps = orthogonalized(torch.stack([updates[index] for index in indices]))
-            rate = 0.2 * math.sqrt(max(shape[-2:])) * group["lr"]
-            for index, step in zip(indices, steps, strict=True):
-                moved = (parameters[index] * (1 - group["lr"] * group["weight_decay"])).sub_(step, alpha=rate)
-                parameters[index].copy_(moved if is_taken is None else torch.where(is_taken, moved, parameters[index]))
+        together: dict[Any, list[int]] = {}
+        for index, parameter in enumerate(parameters):  # one after another where each must be gathered first
+            key = index if isinstance(parameter, DTensor) else parameter.shape
+            together.setdefault(key, []).append(index)
+        for indices in together.values():
+            steps = orthogonalized(torch.stack([whole_like(parameters[index], updates[index]) for index in indices]))
+            rate = 0.2 * math.sqrt(max(steps.shape[-2:])) * group["lr"]
+            for index, whole_step in zip(indices, steps, strict=True):
+                step, weights = local(sharded_like(parameters[index], whole_step)), local(parameters[index])
+                moved = (weights * (1 - group["lr"] * group["weight_decay"])).sub_(step, alpha=rate)
+                weights.copy_(moved if is_taken is None else torch.where(is_taken, moved, weights))
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
