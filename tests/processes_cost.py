@@ -27,10 +27,10 @@ from slm.data import DummyData
 from slm.training.optimizers import build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST, LAST = 10, 60
-"""The steps between which is measured."""
+FIRST = 10
+"""The step after which is measured."""
 FLAGS = [
-    "--trainer.accelerator=cpu", "--trainer.precision=32-true", f"--trainer.max_steps={LAST}",
+    "--trainer.accelerator=cpu", "--trainer.precision=32-true",
     "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false",
 ]  # fmt: skip
 
@@ -44,28 +44,31 @@ def bytes_sent() -> int:
 class Measure(Callback):
     """Prints the median time of a step and the bytes sent in one, from rank 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: int) -> None:
+        self.last = last
         self.times: list[float] = []
         self.sent: list[int] = []
 
     def note(self, step: int) -> None:
         self.times.append(time.perf_counter())
-        if step in (FIRST, LAST):
+        if step in (FIRST, self.last):
             self.sent.append(bytes_sent())
-        if step == LAST:
+        if step == self.last:
             times = self.times[FIRST - 1 :]
             seconds = statistics.median(b - a for a, b in pairwise(times))
-            print(f"measured {1000 * seconds:.2f} {(self.sent[1] - self.sent[0]) / (LAST - FIRST):.0f}", flush=True)
+            print(
+                f"measured {1000 * seconds:.2f} {(self.sent[1] - self.sent[0]) / (self.last - FIRST):.0f}", flush=True
+            )
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.is_global_zero:
             self.note(trainer.global_step)
 
 
-def bare_loop() -> None:
+def bare_loop(last: int) -> None:
     """The steps of the default model in a loop of torch's own, as one of two processes."""
     dist.init_process_group("gloo")
-    rank, measure = dist.get_rank(), Measure()
+    rank, measure = dist.get_rank(), Measure(last)
     torch.manual_seed(0)
     model, data = LanguageModel(), DummyData(10_000, 128, batch_size=16)
     data.setup()
@@ -81,7 +84,7 @@ def bare_loop() -> None:
     module = DistributedDataParallel(Loss())
     optimizer = build_optimizer(model.transformer, model.hparams, fused=True)
     step = 0
-    while step < LAST:
+    while step < last:
         for tokens, targets in data.train_dataloader():
             optimizer.zero_grad()
             module(tokens, targets).backward()
@@ -90,7 +93,7 @@ def bare_loop() -> None:
             step += 1
             if rank == 0:
                 measure.note(step)
-            if step == LAST:
+            if step == last:
                 break
     dist.destroy_process_group()
 
@@ -110,13 +113,24 @@ def measured(*argv: str) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.processes_cost", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often each program has its turn")
-    rounds = parser.parse_args().rounds
-    config = json.dumps({"trainer": {"callbacks": [{"class_path": "processes_cost.Measure"}]}})
-    train = [str(ROOT / "train.py"), *FLAGS, "--config", config]
-    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29555", "-m", "processes_cost", "--bare"]
+    parser.add_argument("--steps", type=int, default=60, help="of each program, the first ten not measured")
+    arguments = parser.parse_args()
+    steps, measure = arguments.steps, {"class_path": "processes_cost.Measure", "init_args": {"last": arguments.steps}}
+    config = json.dumps({"trainer": {"callbacks": [measure]}})
+    train = [str(ROOT / "train.py"), *FLAGS, f"--trainer.max_steps={steps}", "--config", config]
+    two = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29555",
+        "-m",
+        "processes_cost",
+        "--bare",
+        f"{steps}",
+    ]
     programs = {"slm, one process": train, "slm, two": [*train, "--trainer.devices=2"], "bare loop, two": two}
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in programs}
-    for _ in range(rounds):
+    for _ in range(arguments.rounds):
         for name, argv in programs.items():
             found[name].append(measured(*argv))
     num_parameters = sum(p.numel() for p in LanguageModel().parameters())
@@ -129,7 +143,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--bare"]:
-        bare_loop()
+    if sys.argv[1:2] == ["--bare"]:
+        bare_loop(int(sys.argv[2]))
     else:
         main()

@@ -257,10 +257,7 @@ def running(folder: Path, *argv: str) -> Run:
 @pytest.mark.parametrize(
     ("signum", "target"),
     [
-        (signal.SIGTERM, "last rank"),
-        (signal.SIGUSR1, "rank 0"),
-        (signal.SIGINT, "launcher"),
-        (signal.SIGKILL, "last rank"),
+        (signal.SIGUSR1, "last rank"),
         (signal.SIGKILL, "rank 0"),
         (signal.SIGKILL, "launcher"),
     ],

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ SAVE = 0
 """An order to save; any other is the number of a signal, to save and stop."""
 LOST = 75
 """The exit status of a process that goes because another one is gone; EX_TEMPFAIL."""
+SECONDS_TO_REST = 0.02
 SECONDS_OF_GRACE = 3.0
 """How long the main thread may take to leave once there is nothing more to save."""
 
@@ -37,6 +39,14 @@ def leave_at_once(status: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(status)
+
+
+def _let_threads_rest() -> None:
+    """Before a fork, let threads of gloo leave Python, which they enter for a moment after each collective.
+
+    Up to 3.11, CPython's child process waits for ever if one of them held a lock of the interpreter at that instant.
+    """
+    time.sleep(SECONDS_TO_REST)
 
 
 class Control:
@@ -125,7 +135,8 @@ class Control:
             peer = Client((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), authkey=key.encode())
             peer.send(self.processes.rank)
             self._peers[0] = peer
-        os.register_at_fork(after_in_child=self._forget)  # a worker would keep the connections of a dead process open
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=_let_threads_rest, after_in_child=self._forget)
         threading.Thread(target=self._serve, name="control", daemon=True).start()
 
     def close(self) -> None:
@@ -137,6 +148,7 @@ class Control:
                 self._tell("bye", self.stops_for or signal.SIGTERM)
 
     def _forget(self) -> None:
+        """A worker that kept the connections would keep the others from noticing that this process has died."""
         signal.set_wakeup_fd(-1)
         ends: list[Any] = [*self._peers.values(), self._inbox, self._own_end]
         for end in ends:
