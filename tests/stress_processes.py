@@ -124,7 +124,7 @@ def expected_statuses(signum: signal.Signals, target: str, is_torchrun: bool) ->
         return {-signal.SIGKILL}
     if is_torchrun:
         return {*range(1, 256), *(-s for s in SIGNALS)}
-    return {128 + signum, LOST} if signum == signal.SIGKILL else {128 + signum}
+    return {128 + signum, LOST} if signum == signal.SIGKILL else {128 + signum, -signum}  # a shell calls both 128 + n
 
 
 def stop(run: Run, signum: signal.Signals, target: str, num: int, is_torchrun: bool) -> tuple[list[str], float]:

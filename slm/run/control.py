@@ -145,7 +145,7 @@ class Control:
             signal.set_wakeup_fd(-1)
             self._is_leaving = True
             if not self.has_failed:
-                self._tell("bye", self.stops_for or signal.SIGTERM)
+                self._tell("bye", *([] if self.stops_for is None else [self.stops_for]))
 
     def _forget(self) -> None:
         """A worker that kept the connections would keep the others from noticing that this process has died."""
@@ -211,8 +211,11 @@ class Control:
             self._lose()
         elif message == "bye":
             del self._peers[rank]
-            if self.is_training and not any(self._due.values()):  # it was told to stop before it trained
+            is_stopping = self.stops_for is not None or any(self._due.values())
+            if values and not is_stopping:  # it left for a signal that this process has not heard of
                 self._leave(*values)
+            elif self.is_training and not is_stopping:
+                self._lose()
 
     def _wait_at_next_place(self) -> int:
         with self._changed:
