@@ -20,7 +20,7 @@ from slm.errors import InputError, check
 from slm.hardware import accelerator_kind, keep_freed_memory
 from slm.messages import say, silence_notices
 from slm.run.checkpoint import RUNS, best_checkpoint, load_weights, read_checkpoint
-from slm.run.control import Control
+from slm.run.control import Control, leave_at_once
 from slm.run.folder import RunFolder
 from slm.run.processes import Processes, launched_processes
 from slm.run.sharding import give_weights
@@ -31,7 +31,7 @@ from slm.watch.tensorboard import show_in_tensorboard
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+    """Run the command line. One of several processes does not come back from it, but ends with it."""
     silence_notices()
     keep_freed_memory()
     with ends_in_one_line(), stopped_by_signals() as progress:
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         processes.meet()
         control.connect()
         train(list(sys.argv[1:] if argv is None else argv), progress, is_own=argv is None)
+    if processes.world_size > 1:
+        leave_at_once(0)  # threads of gloo that live until the interpreter shuts down abort it, now and then
 
 
 def train(argv: Sequence[str], progress: Progress, is_own: bool = False) -> None:
@@ -57,10 +59,14 @@ def train(argv: Sequence[str], progress: Progress, is_own: bool = False) -> None
     """
     processes = progress.control.processes
     command = read_command(argv, processes)
+    if command.subcommand == "predict" and command.settings.trainer.devices == "auto":
+        command.settings.trainer.devices = 1  # which prints the windows in their order
     num_devices, num_nodes = count_devices(command.settings.trainer, processes)
-    check_shares(command.settings.data.init_args.batch_size, num_devices * num_nodes)
-    if num_devices * num_nodes > 1 and not processes.launcher:
-        check_trainer(vars(command.settings.trainer))
+    num_processes = num_devices * num_nodes
+    check_trainer(vars(command.settings.trainer), num_processes)
+    check_shares(command.settings.data.init_args.get("batch_size", num_processes), num_processes)
+    check(num_processes == 1 or command.subcommand != "predict", "predict: use --trainer.devices 1")
+    if num_processes > 1 and not processes.launcher:
         launch(num_devices, num_nodes, None if is_own else argv)
         return
     seed_everything(command.settings.seed_everything)
@@ -76,7 +82,7 @@ def train(argv: Sequence[str], progress: Progress, is_own: bool = False) -> None
         take_over_weights(command, model, data)
     with processes.first_on_each_node(", which prepares the text"):
         data.setup()
-    check_same_everywhere(processes, data)
+    check_same_everywhere(processes, command, data)
     processes.open_group(accelerator_kind(str(settings.trainer.accelerator)))
     if command.subcommand != "fit":
         evaluate(command, new_trainer(command, settings, None, progress.control), model, data)
@@ -95,18 +101,17 @@ def train(argv: Sequence[str], progress: Progress, is_own: bool = False) -> None
         trainer.fit(model, data, ckpt_path=command.ckpt_path, weights_only=True)
         check_that_it_trained(command, trainer, folder)
         finish(command, trainer, model, data, folder, processes)
-        progress.trainer = None  # a sharded model keeps the process group, which is left next
 
 
-def check_same_everywhere(processes: Processes, data: TokenData) -> None:
-    """Say how the processes share a batch; raises InputError where one of them has other data than rank 0."""
-    fingerprints = processes.from_all(data.fingerprint)
-    other = next((rank for rank, one in enumerate(fingerprints) if one != fingerprints[0]), None)
-    if other is not None:
-        raise InputError(
-            f"rank {other} has other data than rank 0: fingerprint {fingerprints[other]}, not {fingerprints[0]}; give "
-            "every node the same files and flags"
-        )
+def check_same_everywhere(processes: Processes, command: Command, data: TokenData) -> None:
+    """Say how the processes share a batch; raises InputError where one has other data or settings than rank 0."""
+    own = {"data": data.fingerprint, "checkpoint": command.start.steps, "settings": command.fingerprint()}
+    of_each = processes.from_all(own)
+    for rank, others in enumerate(of_each):
+        for name, value in others.items():
+            expected = of_each[0][name]
+            message = f"rank {rank} has other {name} than rank 0: {value}, not {expected}; give all nodes the same"
+            check(value == expected, message)
     if (world_size := processes.world_size) > 1:
         batch_size = data.hparams["batch_size"]
         say(
@@ -171,7 +176,6 @@ def evaluate(command: Command, trainer: Trainer, model: LanguageModel, data: Tok
     """Measure all held-out windows, or print the greedy next token of each, one a line."""
     say(f"{command.subcommand}: {command.start.path}")
     if command.subcommand == "predict":
-        check(trainer.world_size == 1, "predict prints the windows in their order: use --trainer.devices 1")
         predictions: Any = trainer.predict(model, data, ckpt_path=command.ckpt_path, weights_only=True)
         print(*torch.cat(predictions).tolist(), sep="\n")
         return

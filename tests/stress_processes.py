@@ -127,7 +127,9 @@ def expected_statuses(signum: signal.Signals, target: str, is_torchrun: bool) ->
     return {128 + signum, LOST} if signum == signal.SIGKILL else {128 + signum, -signum}  # a shell calls both 128 + n
 
 
-def stop(run: Run, signum: signal.Signals, target: str, num: int, is_torchrun: bool) -> tuple[list[str], float]:
+def stop(
+    run: Run, signum: signal.Signals, target: str, num: int, is_torchrun: bool, moment: str = "training"
+) -> tuple[list[str], float]:
     """Send the signal, and see what comes of it: the problems, and the seconds until no process was left."""
     is_running = run.process.poll() is None
     run.send(signum, target, num)
@@ -141,11 +143,16 @@ def stop(run: Run, signum: signal.Signals, target: str, num: int, is_torchrun: b
             os.kill(pid, signal.SIGKILL)
     said = run.process.communicate()[0]
     status = run.process.returncode
-    if is_running and status != 0 and status not in expected_statuses(signum, target, is_torchrun):
+    has_ended = status == 0 and re.search(r"^(run  |validate: the held-out split)", said, re.M)
+    if is_running and not has_ended and status not in expected_statuses(signum, target, is_torchrun):
         problems.append(f"exit status {status}")
     said = re.sub(r"Exception ignored in(.*\n)+?slm\.run\.signals\.Stopped.*\n", "", said)  # Python's, at a fork
-    messages = [line for line in said.splitlines() if line.startswith(("stopped by", "error:"))]
-    if len(messages) > 1 or ("Traceback" in said and not is_torchrun):
+    messages = [
+        line for line in said.splitlines() if re.match("stopped by|error:|(a )?process .* (gone|ended by)", line)
+    ]
+    is_silent = is_torchrun or moment == "starting" or (target == "launcher" and signum == signal.SIGKILL)
+    fewest = 0 if has_ended or is_silent or not is_running else 1  # a process that starts may be alone to know
+    if not fewest <= len(messages) <= 1 or ("Traceback" in said and not is_torchrun):
         problems.append(f"it said {said[-1500:]}")
     if seconds > LONGEST:
         problems.append(f"it took {seconds:.0f} seconds")
@@ -185,7 +192,7 @@ def chain(folder: Path, reference: Path, name: str, num: int, rng: random.Random
         slow = {"STRESS_SLOW_SAVES": "1"} if moment == "save" else {}
         run = start(folder, *argv, **options, **slow)  # type: ignore[arg-type]
         at_moment(run, moment, rng)
-        problems, seconds = stop(run, signum, target, num, is_torchrun)
+        problems, seconds = stop(run, signum, target, num, is_torchrun, moment)
         key = moment, signum.name
         found.tried[key] = found.tried.get(key, 0) + 1
         found.longest[key] = max(found.longest.get(key, 0.0), seconds)

@@ -275,7 +275,7 @@ def test_a_signal_to_any_process_ends_all_with_one_message_and_a_sound_checkpoin
 def test_a_signal_while_the_processes_start_leaves_none(tmp_path: Path) -> None:
     run = start(tmp_path, *SMALL, TWO)
     wait_until(run, lambda: len(run.pids()) == 3)
-    problems, _ = stop(run, signal.SIGTERM, "launcher", 2, is_torchrun=False)
+    problems, _ = stop(run, signal.SIGTERM, "launcher", 2, is_torchrun=False, moment="starting")
     assert problems == []
     assert run.process.returncode == 143
     assert list(tmp_path.glob("runs/*")) == []

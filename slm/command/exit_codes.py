@@ -1,6 +1,5 @@
 """How a command ends: its exit status and its last line."""
 
-import gc
 import os
 import shlex
 import signal
@@ -13,7 +12,6 @@ from typing import NoReturn
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch.distributed.device_mesh import DeviceMesh
 
 from slm.command.streams import failure_to_print, standard_streams
 from slm.errors import InputError
@@ -54,7 +52,6 @@ def ends_in_one_line() -> Iterator[None]:
 def _status_of_every_ending() -> Iterator[None]:
     try:
         yield
-        _leave_process_group()
     except Stopped as stop:
         say(
             f"{stop}; go on with {command_name()} --ckpt_path {shlex.quote(str(stop.path))}" if stop.path else str(stop)
@@ -71,9 +68,13 @@ def _status_of_every_ending() -> Iterator[None]:
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         is_meant = isinstance(error, InputError | MisconfigurationException) or _is_raised_by_lightning(error)
         if not is_meant or os.environ.get("SLM_TRACEBACK"):
+            _leave_with_traceback()
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
+    except Exception:
+        _leave_with_traceback()
+        raise
 
 
 def command_name() -> str:
@@ -81,24 +82,17 @@ def command_name() -> str:
     return shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1])
 
 
+def _leave_with_traceback() -> None:
+    """Leave for the error that is being handled, where a process group is there; else it is for Python to show."""
+    if _has_process_group():
+        traceback.print_exc()
+        leave_at_once(1)
+
+
 def _leave(status: int) -> NoReturn:
     if _has_process_group():
         leave_at_once(status)
     sys.exit(status)
-
-
-def _leave_process_group() -> None:
-    """Join the threads of a process group, as Lightning does for NCCL alone.
-
-    One of gloo's that lets go of its last tensor while the interpreter shuts down aborts the process, now and then.
-    They are joined when nobody refers to their group any more. In torch 2.13 a mesh of devices does, which torch's
-    caches keep when the sharded model is gone.
-    """
-    if _has_process_group():
-        torch.distributed.destroy_process_group()
-        for mesh in (found for found in gc.get_objects() if type(found) is DeviceMesh):
-            getattr(mesh, "_pg_registry", {}).clear()
-        gc.collect()
 
 
 def _has_process_group() -> bool:

@@ -23,11 +23,13 @@ from slm.errors import InputError, check
 from slm.hardware import accelerator_kind
 from slm.messages import say_here
 from slm.run.control import LOST, SECONDS_OF_GRACE, SIGNALS
-from slm.run.processes import AGENT_STORE, FAILED, Processes
+from slm.run.processes import AGENT_STORE, FAILED, LAUNCHER, Processes
 
 SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_TO_LEAVE = SECONDS_OF_GRACE + 2
 """After one process has failed, until the others are killed: they have their own time to leave."""
+SECONDS_TO_STOP = 10.0
+"""The same where it has stopped for a signal: rank 0 may still ask SLURM for another turn."""
 ACCELERATORS: dict[str, Any] = {"cpu": CPUAccelerator, "cuda": CUDAAccelerator, "mps": MPSAccelerator}
 
 
@@ -48,6 +50,13 @@ def count_devices(trainer: Namespace, processes: Processes) -> tuple[int, int]:
     if not processes.launcher:
         return asked, trainer.num_nodes
     started, nodes = processes.local_world_size, processes.num_nodes
+    if kind is CUDAAccelerator:
+        seen = kind.auto_device_count()
+        check(
+            seen >= started,
+            f"each of the {started} processes of this node sees only {seen} GPUs, and needs to see all of them: with "
+            "SLURM, give --gpus-per-node and not --gpus-per-task",
+        )
     check(
         trainer.devices == "auto" or asked == started,
         f"trainer.devices={trainer.devices} does not fit the {started} processes that {processes.launcher} started on "
@@ -95,6 +104,7 @@ def launch(num_devices: int, num_nodes: int, argv: Sequence[str] | None) -> None
         "LOCAL_WORLD_SIZE": str(num_devices),
         "GROUP_RANK": str(node_rank),
         AGENT_STORE: "True",
+        LAUNCHER: str(os.getpid()),
     }
     command = sys.orig_argv if argv is None else [sys.executable, "-m", "slm.cli", *argv]
     children = _Children()
@@ -155,7 +165,9 @@ class _Children:
                 failed_at = time.monotonic()
                 with contextlib.suppress(RuntimeError):  # there may be nobody
                     tell_others()
-            if first is not None and time.monotonic() > failed_at + SECONDS_TO_LEAVE:
+            is_stopping = first is not None and first.returncode - 128 in SIGNALS
+            patience = SECONDS_TO_STOP if is_stopping else SECONDS_TO_LEAVE
+            if first is not None and time.monotonic() > failed_at + patience:
                 self._send(signal.SIGKILL, running)
             time.sleep(SECONDS_BETWEEN_LOOKS)
         failed = [first or self._failed(), *self._processes]

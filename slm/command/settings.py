@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from slm.data import TokenData
 from slm.data.text_data import NAMED_TOKENIZERS
 from slm.errors import InputError, check
 from slm.messages import say
-from slm.paths import expand_paths
+from slm.paths import PATHS, expand_paths
 from slm.run.checkpoint import RUNS, WEIGHTS_NAME, last_checkpoint, newest_run, open_checkpoint, resolve_checkpoint
 from slm.run.job import run_of_job
 from slm.run.loading import check_applicable, class_path_of, import_model, is_ours, model_named_in
@@ -126,12 +127,23 @@ class Command:
         except (ValueError, TypeError) as error:
             raise _not_made(error) from error
 
+    def fingerprint(self) -> str:
+        """Of the settings in force, paths apart."""
+        content = json.dumps(_without_paths(self.settings.as_dict()), sort_keys=True, default=str)
+        return blake2b(content.encode(), digest_size=8).hexdigest()
+
     def text(self) -> str:
         """The settings in force, as they were asked for, in YAML."""
         settings = self.settings.clone()
         for name in ("config", "ckpt_path", "allow_changed_data"):
             settings.pop(name, None)
         return self.parser.dump(settings)
+
+
+def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same on every node, where files may lie elsewhere."""
+    kept = {name: value for name, value in flat(settings) if name.rpartition(".")[2] not in PATHS}
+    return {name: value for name, value in kept.items() if not name.startswith("trainer.logger")}
 
 
 def read_command(argv: Sequence[str], processes: Processes | None = None) -> Command:
@@ -204,7 +216,7 @@ def _asked(argv: Sequence[str], processes: Processes) -> _Asked:
     models = models or _found(files, "model", "class_path")
     left = [*(f"--model={value}" for value in given["model"] if not _is_class(value)), *left]
     ckpt_paths, init_from = given["ckpt_path"], given["init_from"]
-    run = run_of_job(runs, argv) if subcommand == "fit" else None
+    run = run_of_job(runs, argv) if subcommand == "fit" and processes.rank == 0 else None
     if (begun := processes.from_rank_zero(run and str(run))) is not None:
         say(f"the job was started again: it goes on in {begun}")
         ckpt_paths, init_from = [str(last_checkpoint(Path(begun)))], []

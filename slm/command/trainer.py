@@ -55,7 +55,7 @@ AT_LEAST = {
 FSDP2 = "fsdp2"
 
 
-def check_trainer(asked: Mapping[str, Any]) -> None:
+def check_trainer(asked: Mapping[str, Any], num_processes: int = 1) -> None:
     """Raise InputError for what Lightning would not refuse, or only in the middle of a run."""
     accelerator_kind(str(asked["accelerator"]))
     _check_strategy(asked["strategy"])
@@ -73,6 +73,9 @@ def check_trainer(asked: Mapping[str, Any]) -> None:
     is_fine = num_batches == 1 or interval is None or isinstance(interval, int | float)
     rule = f"may fall inside a step of accumulate_grad_batches={num_batches}: give a number of batches"
     check(is_fine, f"trainer.val_check_interval={interval} {rule}")
+    is_fine = num_processes == 1 or interval is None or isinstance(interval, int | float)
+    rule = f"goes by the clocks of {num_processes} processes, which differ: give a number of batches"
+    check(is_fine, f"trainer.val_check_interval={interval} {rule}")
     for name in ("max_time", "val_check_interval"):
         try:
             length = timedelta(**asked[name]) if isinstance(asked[name], dict) else asked[name]
@@ -84,6 +87,10 @@ def check_trainer(asked: Mapping[str, Any]) -> None:
 
 def _check_strategy(asked: Any) -> None:
     name = asked if isinstance(asked, str) else getattr(asked, "class_path", type(asked).__name__).rpartition(".")[2]
+    method = getattr(getattr(asked, "init_args", None), "start_method", "popen")
+    check(
+        method == "popen", f"trainer.strategy.start_method={method} gives nothing back of what it trains: leave it out"
+    )
     reasons = {
         ("fork", "spawn", "notebook"): "gives nothing back of what it trains: use ddp",
         ("fsdp", "FSDPStrategy"): "measures and clips the gradient of each shard alone: use fsdp2",

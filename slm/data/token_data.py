@@ -219,8 +219,9 @@ class TokenData(LightningDataModule):
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C, and often SIGTERM, reach every process; the training process needs its workers to finish the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for name in ("SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
 
 

@@ -115,14 +115,15 @@ class LastCheckpoint(Callback):
             self._save(trainer)
         self._stop_if(order, trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self.control.postpone(self.control.reach())
-            self._stop_in_validation(trainer)
-
     def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.state.fn == "fit":
-            self._stop_in_validation(trainer)
+        if trainer.state.fn != "fit":
+            return
+        order = self.control.reach()
+        if order and (self.resume.can_be_kept or trainer.sanity_checking):
+            if self.resume.can_be_kept:
+                self._save(trainer)
+            self._stop_if(order, trainer)
+        self.control.postpone(order)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_due = not trainer.sanity_checking
@@ -155,13 +156,6 @@ class LastCheckpoint(Callback):
         now = time.monotonic()
         self._next_save = now + max(SECONDS_BETWEEN_SAVES, (now - start) / LARGEST_SHARE_OF_TIME)
         self._is_due = False
-
-    def _stop_in_validation(self, trainer: Trainer) -> None:
-        signum = self.control.is_stopping_next()
-        if signum and (self.resume.can_be_kept or trainer.sanity_checking):
-            if self.resume.can_be_kept:
-                self._save(trainer)
-            self._stop_if(signum, trainer)
 
     def _stop_if(self, signum: int | None, trainer: Trainer) -> None:
         if signum:

@@ -1,12 +1,12 @@
 """How the processes of a run agree to save or to stop, without a word between them at any step.
 
 A signal may reach one process alone, while its main thread waits for the others inside a library that no signal
-interrupts. So a thread of each process hears signals, and tells rank 0 over a connection of its own. Rank 0 asks all
-how far they have come, and names a place that none has passed, at which all of them do what was ordered. Training
-itself is told nothing, and waits only while the place is being agreed.
+interrupts. So a thread of each process hears signals, and tells rank 0 over a connection of its own. Rank 0 asks every
+rank for its place, and picks the next one that nobody has reached: there all of them do what was ordered. Training
+waits only while that is being agreed.
 
-A place is a boundary where a run may be saved: before an optimizer step, before a validation, and at the end. All
-processes come by the same places in the same order.
+A place is a boundary where a run may be saved: before an optimizer step, and before each batch of a validation. All
+processes pass the same places in the same order.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any, NoReturn
 
@@ -34,7 +35,7 @@ SECONDS_OF_GRACE = 3.0
 
 
 def leave_at_once(status: int) -> NoReturn:
-    """End this process without waiting for a process group, as its end would: others may never answer."""
+    """Exit without destroying the process group, which could wait for ranks that are gone."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -56,7 +57,7 @@ class Control:
         is_training: whether orders wait for a place; else a signal ends the processes at once.
         leaves_for: the signal that ends them at once.
         stops_for: the signal for which the main thread is leaving.
-        has_failed: whether this process goes without a good-bye.
+        has_failed: whether the others should take this process for lost.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -72,9 +73,10 @@ class Control:
         self.has_failed = False
         self._is_leaving = False
         self._peers: dict[int, Connection] = {}
-        self._told: dict[int, int] = {}  # by rank 0: how far each has come
+        self._told: dict[int, int | None] = {}  # by rank 0: the place of each
+        self._timer: threading.Timer | None = None
         self._orders: list[int] = []
-        self._parent = os.getppid()
+        self._parent = processes.parent
 
     # ---- for the main thread
 
@@ -86,21 +88,17 @@ class Control:
             return self._due.pop(self._place, None)
 
     def end_training(self) -> int | None:
-        """Pass the last place: from here on nothing is left to be saved."""
-        order = self.reach()
+        """Pass the last place; returns the signal that was heard before, if there was one."""
         with self._changed:
+            self._changed.wait_for(lambda: not self._is_agreeing)
             self.is_training = False
-        return order
+            return next(filter(None, self._due.values()), None)
 
     def postpone(self, order: int | None) -> None:
         """Let an order that was due be due at the next place; all processes must."""
         if order is not None:
             with self._changed:
                 self._due[self._place + 1] = self._due.get(self._place + 1, SAVE) or order
-
-    def is_stopping_next(self) -> int | None:
-        """The signal for which all processes stop at the next place; what they do until then may be left undone."""
-        return self._due.get(self._place + 1) or None
 
     def order(self, order: int) -> None:
         """Let all processes save, or stop for a signal, at a place that none has passed yet."""
@@ -128,8 +126,9 @@ class Control:
             with Listener(("", 0), backlog=self.processes.world_size, authkey=key.encode()) as listener:
                 self.processes.from_rank_zero([listener.address[1], key])
                 while len(self._peers) < self.processes.world_size - 1:
-                    peer: Any = listener.accept()
-                    self._peers[peer.recv()] = peer
+                    with contextlib.suppress(AuthenticationError, EOFError, OSError):  # a stranger at the port
+                        peer: Any = listener.accept()
+                        self._peers[peer.recv()] = peer
         else:
             port, key = self.processes.from_rank_zero(None)
             peer = Client((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), authkey=key.encode())
@@ -140,12 +139,13 @@ class Control:
         threading.Thread(target=self._serve, name="control", daemon=True).start()
 
     def close(self) -> None:
-        """Say good-bye, so that the others do not take this process for lost."""
+        """Tell the others that this process leaves, and why."""
         if self.processes.world_size > 1:
             signal.set_wakeup_fd(-1)
             self._is_leaving = True
-            if not self.has_failed:
-                self._tell("bye", *([] if self.stops_for is None else [self.stops_for]))
+            if self._timer is not None:
+                self._timer.cancel()
+            self._tell("lost") if self.has_failed else self._tell("bye", self.stops_for)
 
     def _forget(self) -> None:
         """A worker that kept the connections would keep the others from noticing that this process has died."""
@@ -169,7 +169,7 @@ class Control:
                     try:
                         self._answer(rank, *peer.recv())
                     except (EOFError, OSError):
-                        del self._peers[rank]
+                        self._peers.pop(rank, None)
                         self._lose()
 
     def _hear(self, order: int) -> None:
@@ -178,31 +178,24 @@ class Control:
             return
         if self.processes.rank > 0:
             self._tell("order", order)
-        elif self.is_training:
+        elif order != SAVE or self.is_training:
             self._orders.append(order)
             self._ask()
-        elif order != SAVE:
-            self._leave(order)
 
     def _ask(self) -> None:
-        """Rank 0 asks all how far they are, unless it still waits for an answer."""
+        """Rank 0 asks every rank for its place, unless it still waits for an answer."""
         if self._orders and not self._told:
             self._told[0] = self._wait_at_next_place()
-            self._tell("how far")
+            self._tell("where")
 
-    def _answer(self, rank: int, message: str, *values: int) -> None:
+    def _answer(self, rank: int, message: str, *values: Any) -> None:
         if message == "order":
             self._hear(*values)
-        elif message == "how far":
-            self._tell("this far", self._wait_at_next_place())
-        elif message == "this far":
+        elif message == "where":
+            self._tell("at", self._wait_at_next_place())
+        elif message == "at":
             self._told[rank] = values[0]
-            if len(self._told) == self.processes.world_size:
-                due = max(self._told.values()) + 1, self._orders.pop(0)
-                self._told.clear()
-                self._tell("due", *due)
-                self._note(*due)
-                self._ask()
+            self._decide()
         elif message == "due":
             self._note(*values)
         elif message == "leave":
@@ -211,25 +204,41 @@ class Control:
             self._lose()
         elif message == "bye":
             del self._peers[rank]
+            [signum] = values
             is_stopping = self.stops_for is not None or any(self._due.values())
-            if values and not is_stopping:  # it left for a signal that this process has not heard of
-                self._leave(*values)
+            if signum is not None and not is_stopping:  # it has left before it was told a place
+                self._leave(signum)
             elif self.is_training and not is_stopping:
                 self._lose()
 
-    def _wait_at_next_place(self) -> int:
+    def _decide(self) -> None:
+        """Rank 0 picks the first place that nobody has reached; where one of them does not train, all leave at once."""
+        if self._told.keys() >= {0, *self._peers}:
+            order, places = self._orders.pop(0), [place for place in self._told.values() if place is not None]
+            all_train = len(places) == len(self._told)
+            self._told.clear()
+            if all_train:
+                due = max(places) + 1, order
+            elif order == SAVE:
+                due = -1, SAVE
+            else:
+                self._leave(order)
+                return
+            self._tell("due", *due)
+            self._note(*due)
+            self._ask()
+
+    def _wait_at_next_place(self) -> int | None:
+        """Keep the main thread from passing another place; returns the last one that it passed, None outside training."""
         with self._changed:
             self._is_agreeing = True
-            return self._place
+            return self._place if self.is_training else None
 
     def _note(self, place: int, order: int) -> None:
         with self._changed:
             self._due[place] = self._due.get(place, SAVE) or order
             self._is_agreeing = False
             self._changed.notify_all()
-            is_too_late = not self.is_training
-        if is_too_late and order != SAVE:
-            self._leave(order)
 
     def _tell(self, *message: Any) -> None:
         for peer in list(self._peers.values()):
@@ -240,6 +249,9 @@ class Control:
         """End this process as the signal does, even where the main thread waits for others in vain."""
         if not self._is_leaving:
             self._is_leaving, self.is_training, self.leaves_for = True, False, signum
+            with self._changed:
+                self._is_agreeing = False
+                self._changed.notify_all()
             if self.processes.rank == 0:
                 self._tell("leave", signum)
             os.kill(os.getpid(), signum)
@@ -252,6 +264,6 @@ class Control:
             self._exit_later(LOST)
 
     def _exit_later(self, status: int) -> None:
-        timer = threading.Timer(SECONDS_OF_GRACE, os._exit, [status])
-        timer.daemon = True
-        timer.start()
+        self._timer = threading.Timer(SECONDS_OF_GRACE, os._exit, [status])
+        self._timer.daemon = True
+        self._timer.start()

@@ -48,8 +48,8 @@ def note_job(run: Path, argv: Sequence[str]) -> None:
 def run_of_job(runs: Path, argv: Sequence[str]) -> Path | None:
     """The run that this job trained with these arguments before it was started again; None for none that was kept."""
     job = _job()
-    counts = (os.environ.get(f"{launcher}_RESTART_COUNT", "0") for launcher in ("SLURM", "TORCHELASTIC"))
-    if job is None or all(count == "0" for count in counts):
+    is_first_turn = _slurm_job() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    if job is None or (is_first_turn and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"):
         return None
     noted = _noted(job, argv).encode(errors="surrogateescape")
     for run in run_folders(runs):
@@ -64,8 +64,17 @@ def _noted(job: str, argv: Sequence[str]) -> str:
 
 
 def _job() -> str | None:
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    return _slurm_job() or (f"torchrun {run_id} {os.getppid()}" if run_id else None)  # its default id is always "none"
+    return _slurm_job() or _torchrun_job()
+
+
+def _torchrun_job() -> str | None:
+    """The id that torchrun was given, by default always "none", with its process and when that began."""
+    run_id, parent = os.environ.get("TORCHELASTIC_RUN_ID"), os.getppid()
+    if run_id is None:
+        return None
+    stat = Path(f"/proc/{parent}/stat")
+    began = stat.read_text().rpartition(")")[2].split()[19] if stat.is_file() else ""
+    return f"torchrun {run_id} {parent} {began}"
 
 
 def _slurm_job() -> str | None:

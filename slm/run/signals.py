@@ -97,6 +97,9 @@ def stopped_by_signals() -> Iterator[Progress]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
     try:
         yield progress
+    except (KeyboardInterrupt, SystemExit) as error:
+        progress.control.has_failed = bool(getattr(error, "code", True))
+        raise
     except Exception as error:
         progress.control.has_failed = True
         if progress.stop is None and progress.control.leaves_for is not None:
@@ -113,7 +116,7 @@ def stopped_by_signals() -> Iterator[Progress]:
 
 
 def _is_told_elsewhere(error: Exception, control: Control) -> bool:
-    """Whether an error comes of another process that has failed, or is the same as there: one of them tells it."""
+    """Whether another rank reports this error, or the one that it comes of."""
     processes = control.processes
     if processes.world_size == 1 or (processes.rank == 0 and isinstance(error, InputError)):
         return False
