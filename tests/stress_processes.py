@@ -148,7 +148,7 @@ def stop(
         problems.append(f"exit status {status}")
     said = re.sub(r"Exception ignored in(.*\n)+?slm\.run\.signals\.Stopped.*\n", "", said)  # Python's, at a fork
     messages = [
-        line for line in said.splitlines() if re.match("stopped by|error:|(a )?process .* (gone|ended by)", line)
+        line for line in said.splitlines() if re.match("stopped by|error:|(another )?process .* (gone|ended by)", line)
     ]
     is_silent = is_torchrun or moment == "starting" or (target == "launcher" and signum == signal.SIGKILL)
     fewest = 0 if has_ended or is_silent or not is_running else 1  # a process that starts may be alone to know

@@ -179,7 +179,7 @@ class _Children:
             name, rank = signal.Signals(-status).name, self._processes.index(first)
             say_here(f"process {rank} of this node was ended by {name}: --ckpt_path last goes on from what was kept")
         elif status == LOST:
-            say_here("a process of the run is gone: --ckpt_path last goes on from what was kept")
+            say_here("another process of the run has failed or is gone: --ckpt_path last goes on from what was kept")
         return status if status >= 0 else 128 - status
 
     def kill(self) -> None:

@@ -229,7 +229,7 @@ class Control:
             self._ask()
 
     def _wait_at_next_place(self) -> int | None:
-        """Keep the main thread from passing another place; returns the last one that it passed, None outside training."""
+        """Keep the main thread from passing a place; returns the last one that it passed, None outside training."""
         with self._changed:
             self._is_agreeing = True
             return self._place if self.is_training else None
