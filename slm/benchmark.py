@@ -3,6 +3,18 @@
 The project's command, the same steps in a bare loop, and the peers that are installed train in processes of their own
 and take turns, so that what else the machine does falls on all of them alike. With
 `--sweep FLAG VALUE,VALUE,... [FLAGS]` the command alone is measured with one value after another.
+
+On two CPU cores with AVX512-bf16, `--sweep model.vocab_size 1000,10000,32000,128000`,
+`--sweep model.max_seq_len 128,512,1024,4096 --data.batch_size 4`, `--sweep model.embed_dim 64,128,256,512` and
+`--sweep model.num_layers 1,2,4,8` gave what follows. The time grows no faster than the arithmetic: the share of the
+matmul rate rises, or stays within a tenth.
+
+| flag | values | ms/step | share of the matmul rate | peak memory |
+|---|---|---|---|---|
+| vocab_size | 1000, 10000, 32000, 128000 | 40, 92, 255, 964 | 41, 50, 48, 49% | 0.53, 0.57, 0.68, 1.14 GB |
+| max_seq_len | 128, 512, 1024, 4096 | 18, 69, 135, 1015 | 35, 39, 45, 44% | 0.49, 0.51, 0.56, 0.86 GB |
+| embed_dim | 64, 128, 256, 512 | 67, 101, 166, 328 | 36, 49, 65, 75% | 0.53, 0.58, 0.72, 0.91 GB |
+| num_layers | 1, 2, 4, 8 | 73, 100, 139, 206 | 53, 47, 47, 44% | 0.53, 0.57, 0.65, 0.79 GB |
 """
 
 import importlib.util

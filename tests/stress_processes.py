@@ -143,8 +143,8 @@ def stop(
             os.kill(pid, signal.SIGKILL)
     said = run.process.communicate()[0]
     status = run.process.returncode
-    has_ended = status == 0 and re.search(r"^(run  |validate: the held-out split)", said, re.M)
-    if is_running and not has_ended and status not in expected_statuses(signum, target, is_torchrun):
+    has_ended = re.search(r"^(run  |validate: the held-out split)", said, re.M)
+    if is_running and not (has_ended and status == 0) and status not in expected_statuses(signum, target, is_torchrun):
         problems.append(f"exit status {status}")
     said = re.sub(r"Exception ignored in(.*\n)+?slm\.run\.signals\.Stopped.*\n", "", said)  # Python's, at a fork
     messages = [

@@ -74,9 +74,9 @@ def _mix(words: Tensor) -> Tensor:
 class _Order:
     """One device's share of an order of windows, which begins at any position of an epoch; later epochs begin at 0.
 
-    Device r of R takes positions r, r + R, ... after the first, so that a batch on each device is a batch of the whole
-    run. Where its last batch has fewer windows than there are devices, those without one get a window that does not
-    count: `share_of` says so.
+    Device r of R takes positions r, r + R, ... after the first, so that the batches of all devices together are a batch
+    of the run. Where its last batch has fewer windows than there are devices, those left without one get a dummy
+    window, weighted 0: `share_of` tells which.
     """
 
     windows: Windows
