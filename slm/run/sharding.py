@@ -19,7 +19,8 @@ class FullySharded(ModelParallelStrategy):
     A checkpoint is gathered into one file, the same as of any other run. So it goes on under any number of processes,
     and all that reads checkpoints reads it: generation, export, the table of runs, the check of its CRC. The price is
     that rank 0 holds the whole state in the memory of its node while it writes, and each rank while it reads, when a
-    run goes on: 12 bytes a parameter, 12 GB for a model of a billion. Lightning's folder of shards, written by all ranks at once, would pay from about ten times that on.
+    run goes on: 12 bytes a parameter, 12 GB for a model of a billion. Lightning's folder of shards, written by all
+    ranks at once, would pay from about ten times that on.
 
     Lightning's own `load_checkpoint` reads the file past the CheckpointIO and gives the model what it reads before any
     hook can adapt that. Here a checkpoint is read by the CheckpointIO, and loaded when it is under any other strategy.
