@@ -161,9 +161,9 @@ def test_torchrun_runs_as_the_readme_says(workdir: Path) -> None:
 
 @pytest.mark.slow
 def test_runs_of_two_processes_are_stopped_and_resumed_as_the_readme_says() -> None:
-    result = run_command(*shlex.split(STRESS_PROCESSES)[1:], "--trials", "3", cwd=ROOT)
+    result = run_command(*shlex.split(STRESS_PROCESSES)[1:], "--trials", "2", cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"^3 stops in (\d+) runs, of which \1 ended bitwise equal$", result.stdout, re.M)
+    assert re.search(r"^2 stops in (\d+) runs, of which \1 ended bitwise equal$", result.stdout, re.M)
 
 
 @pytest.mark.slow
