@@ -112,8 +112,8 @@ def measured(*argv: str) -> tuple[float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.processes_cost", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each program has its turn")
-    parser.add_argument("--steps", type=int, default=60, help="of each program, the first ten not measured")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each program has its turn")
+    parser.add_argument("--steps", type=int, default=40, help="of each program, the first ten not measured")
     arguments = parser.parse_args()
     steps, measure = arguments.steps, {"class_path": "processes_cost.Measure", "init_args": {"last": arguments.steps}}
     config = json.dumps({"trainer": {"callbacks": [measure]}})
