@@ -177,9 +177,9 @@ class _Children:
         status = first.returncode
         if status < 0 and -status not in SIGNALS:
             name, rank = signal.Signals(-status).name, self._processes.index(first)
-            say_here(f"process {rank} of this node was ended by {name}: --ckpt_path last goes on from what was kept")
+            say_here(f"process {rank} of this node was ended by {name}: a run that had saved goes on with --ckpt_path")
         elif status == LOST:
-            say_here("another process of the run has failed or is gone: --ckpt_path last goes on from what was kept")
+            say_here("another process of the run has failed or is gone: a run that had saved goes on with --ckpt_path")
         return status if status >= 0 else 128 - status
 
     def kill(self) -> None:
