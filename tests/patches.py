@@ -1,6 +1,7 @@
 """What a researcher would swap, each as it is swapped: by a class that is named on the command line."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,40 +10,13 @@ from torch import Tensor, nn
 from slm import LanguageModel
 from slm.data import TokenData
 from slm.model.functional import gelu
-from slm.model.transformer import CausalSelfAttention, Transformer
-
-
-class RotaryAttention(CausalSelfAttention):
-    """Turns queries and keys by their positions (Su et al., 2021, "RoFormer")."""
-
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float, rope_theta: float) -> None:
-        super().__init__(embed_dim, num_heads, dropout)
-        half = embed_dim // num_heads // 2
-        self.register_buffer("speeds", rope_theta ** -(torch.arange(half) / half), persistent=False)
-
-    def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().heads(x, start)
-        angles = torch.outer(torch.arange(start, start + x.shape[1], device=x.device), self.speeds)
-        return turned(q, angles), turned(k, angles), v
-
-
-def turned(x: Tensor, angles: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], dim=-1)
+from slm.model.transformer import GPT2, Transformer
 
 
 class RotaryTransformer(Transformer):
-    def __init__(self, rope_theta: float = 10_000.0, **options: Any) -> None:
-        super().__init__(**options)
-        del self.position_embedding
-        for block in self.blocks:
-            attn: Any = block.attn
-            dropout = attn.attention_dropout
-            block.attn = RotaryAttention(attn.out.in_features, attn.num_heads, dropout, rope_theta)
-        self.reset_parameters()
+    """GPT-2 in all but its positions."""
 
-    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
-        return self.token_embedding(tokens)
+    architectures: ClassVar = {"gpt2": replace(GPT2, is_rotary=True)}
 
 
 class RotaryModel(LanguageModel):

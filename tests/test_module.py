@@ -205,7 +205,7 @@ def test_a_hyper_parameter_out_of_range_is_refused_with_its_value(changes: dict[
 
 
 def test_hyper_parameters_are_flat_primitives() -> None:
-    assert all(type(value) in (int, float, bool, str) for value in small_model().hparams.values())
+    assert all(type(value) in (int, float, bool, str, type(None)) for value in small_model().hparams.values())
 
 
 def test_a_notebook_can_build_train_and_load_it_without_the_command_line(tmp_path: Path) -> None:

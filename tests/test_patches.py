@@ -118,7 +118,7 @@ def test_what_is_no_model_is_refused(model: str, message: str, refused: Run) -> 
 
 
 def test_an_option_of_another_model_is_refused(refused: Run) -> None:
-    assert "unknown setting model.rope_theta" in refused("--model.rope_theta=5")
+    assert "unknown setting model.num_experts" in refused("--model.num_experts=5")
 
 
 def test_a_run_goes_on_with_its_own_class_alone(slm: Run, refused: Run) -> None:

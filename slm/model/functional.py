@@ -1,6 +1,6 @@
-"""The functions of the network without weights: dropout, attention, GELU, each in the fastest way a device has.
+"""The functions of the network without weights, each in the fastest way a device has.
 
-B batch, T time, S time so far, D embedding, H heads.
+B batch, T time, S time so far, D embedding, H heads of queries, K heads of keys and values, C any number.
 """
 
 import math
@@ -44,29 +44,39 @@ def drop(x: Tensor, p: float) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Softmax of the scaled scores, times v: each position attends to itself and those before it.
+    """Softmax of the scaled scores, times v, (B, H, T, D / H): each position attends to itself and those before it.
+
+    With fewer heads of keys and values than of queries, each serves the next H / K of these, which then take the place
+    of further positions that look at the same keys: no key is copied.
 
     Args:
         q: (B, H, T, D / H), of the last T positions.
-        k: (B, H, S, D / H), of all S positions; v likewise.
+        k: (B, K, S, D / H), of all S positions; v likewise.
         dropout: probability of dropping a weight.
     """
-    seq_len, all_len = q.shape[-2], k.shape[-2]
+    seq_len, all_len, group_size = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     if seq_len < all_len:
-        mask = None if seq_len == 1 else causal_mask(seq_len, all_len, q.device)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
+        mask = None if seq_len == 1 else causal_mask(seq_len, all_len, q.device).repeat(group_size, 1)
+        return F.scaled_dot_product_attention(_grouped(q, k), k, v, mask, dropout_p=dropout).reshape(q.shape)
     longest = PLAIN_UP_TO_IN_32_BITS if q.dtype == torch.float32 and dropout == 0 else PLAIN_UP_TO
     if q.device.type != "cpu" or seq_len > longest:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    return drop(causal_weights(q, k), dropout) @ v
+        is_grouped = group_size > 1
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=is_grouped)
+    weights = drop(causal_weights(q, k), dropout)
+    return (_grouped(weights, k) @ v).reshape(q.shape)
 
 
 def causal_weights(q: Tensor, k: Tensor) -> Tensor:
-    """How much each position attends to each one up to it, (B, H, T, T), of q and k (B, H, T, D / H)."""
-    seq_len = q.shape[-2]
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    """How much each position attends to each up to it, (B, H, T, T), of q (B, H, T, D / H) and k (B, K, T, D / H)."""
+    seq_len = q.shape[2]
+    scores = _grouped(q * q.shape[-1] ** -0.5, k) @ k.transpose(-2, -1)
     future = torch.full((seq_len, seq_len), -math.inf, dtype=scores.dtype, device=scores.device).triu(1)
-    return (scores + future).softmax(-1)
+    return (scores.view(*q.shape[:3], seq_len) + future).softmax(-1)
+
+
+def _grouped(x: Tensor, k: Tensor) -> Tensor:
+    """What each head of queries has, (B, H, T, C), as rows beside one another for its head of keys, (B, K, TH / K, C)."""
+    return x.reshape(len(x), k.shape[1], -1, x.shape[-1])
 
 
 def causal_mask(seq_len: int, all_len: int, device: torch.device) -> Tensor:

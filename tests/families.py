@@ -1,0 +1,153 @@
+"""What each difference between the families is worth: `python -m tests.families --config configs/text_2min.yaml`.
+
+Every model trains on the same data with about as many parameters: where the feed-forward layer has three matrices, its
+hidden_dim is two thirds. First all take turns in one process, to find how long a step of each is; then each is trained
+by `train.py` for the steps that the configuration asks for, and for as many as take as long as those of gpt2.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import nn
+
+from slm import LanguageModel
+from slm.command.settings import read_command
+from slm.hardware import has_native_bf16
+from slm.model.transformer import GPT2, LLAMA, SwiGLU, Transformer
+from slm.training.optimizers import build_optimizer, stepped_by
+
+NAMES = Literal["gpt2", "rotary", "rms_norm", "swiglu", "no_bias", "llama"]
+ROUNDS, STEPS = 7, 5
+
+
+class MixedTransformer(Transformer):
+    """GPT-2 with one of the differences, or with all of them."""
+
+    architectures: ClassVar = {
+        "gpt2": GPT2,
+        "rotary": replace(GPT2, is_rotary=True),
+        "rms_norm": replace(GPT2, norm=nn.RMSNorm),
+        "swiglu": replace(GPT2, feed_forward=SwiGLU),
+        "no_bias": replace(GPT2, norm=partial(nn.LayerNorm, bias=False), bias=False),
+        "llama": LLAMA,
+    }
+
+    def __init__(self, architecture: NAMES = "gpt2", **options: Any) -> None:
+        super().__init__(architecture=architecture, **options)  # type: ignore[arg-type]
+
+
+class MixedModel(LanguageModel):
+    network = MixedTransformer
+
+
+def flags_of(name: str, config: str) -> list[str]:
+    """The command line of a model that has about as many parameters as the configuration's."""
+    hidden_dim = read_command([f"--config={config}"]).new_model().hparams["hidden_dim"]
+    if MixedTransformer.architectures[name].feed_forward is SwiGLU:
+        hidden_dim = round(hidden_dim * 2 / 3 / 8) * 8
+    model = ["--model=tests.families.MixedModel", f"--model.architecture={name}", f"--model.hidden_dim={hidden_dim}"]
+    return [f"--config={config}", *model]
+
+
+def time_steps(names: Sequence[str], config: str) -> tuple[dict[str, float], dict[str, int]]:
+    """Milliseconds of a training step of each model, the median of rounds in which all take turns; and its size."""
+    loops, sizes = {}, {}
+    for name in names:
+        command = read_command(flags_of(name, config))
+        model = command.new_model()
+        data = command.new_data(model)
+        data.setup()
+        loops[name] = _steps(model, data)
+        sizes[name] = sum(parameter.numel() for parameter in model.transformer.parameters())
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(ROUNDS + 1):
+        for name, loop in loops.items():
+            start = time.perf_counter()
+            for _ in range(STEPS):
+                next(loop)
+            times[name].append((time.perf_counter() - start) / STEPS * 1e3)
+    return {name: statistics.median(rounds[1:]) for name, rounds in times.items()}, sizes
+
+
+def _steps(model: LanguageModel, data: Any) -> Iterator[None]:
+    optimizer, is_fast = build_optimizer(model.transformer, model.hparams, fused=True), has_native_bf16()
+    while True:
+        for tokens, targets in data.train_dataloader():
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_fast):
+                hidden = model.transformer(tokens).flatten(0, 1)
+                loss = model.loss(hidden, targets.flatten())
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(stepped_by(optimizer), 1.0)
+            optimizer.step()
+            yield
+
+
+def train(name: str, config: str, seed: int, num_steps: int | None) -> tuple[float, int]:
+    """The best validation loss of a run, and its steps."""
+    flags = [*flags_of(name, config), f"--seed_everything={seed}"]
+    flags += [f"--watch.{part}=false" for part in ("samples", "attention", "embedding", "loss_figure")]
+    if num_steps is not None:
+        flags += ["--trainer.max_epochs=-1", f"--trainer.max_steps={num_steps}"]
+    with tempfile.TemporaryDirectory() as folder:
+        flags += [f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
+        done = subprocess.run([sys.executable, "train.py", *flags], capture_output=True, text=True, check=True)
+        [best] = Path(folder).glob("runs/*/checkpoints/best.ckpt")
+        last = torch.load(best.with_name("last.ckpt"), weights_only=True, mmap=True)
+    loss = re.search(r"^val/loss +([\d.]+)", done.stdout, re.M)
+    assert loss is not None, done.stdout
+    return float(loss[1]), last["global_step"]
+
+
+def study(config: str, names: Sequence[str], num_seeds: int, processes: int) -> Iterator[str]:
+    """The rows of a Markdown table; each run is one of some processes, which share the cores."""
+    milliseconds, sizes = time_steps(names, config)
+    yield f"| {config} | parameters | ms/step | loss at the same step | steps in the same time | loss after these |"
+    yield "|---|---|---|---|---|---|"
+    with ThreadPoolExecutor(processes) as pool:
+
+        def begin(name: str, num_steps: int | None) -> list[Future[tuple[float, int]]]:
+            return [pool.submit(train, name, config, seed, num_steps) for seed in range(num_seeds)]
+
+        at_step = {name: begin(name, None) for name in names}
+        _, num_steps = at_step[names[0]][0].result()
+        fits = {name: round(num_steps * milliseconds[names[0]] / milliseconds[name]) for name in names}
+        at_time = {name: begin(name, fits[name]) if fits[name] != num_steps else at_step[name] for name in names}
+        for name in names:
+            cells = [f"{sizes[name]:,}", f"{milliseconds[name]:.1f}", _mean(at_step[name]), f"{fits[name]:,}"]
+            yield f"| {name} | {' | '.join([*cells, _mean(at_time[name])])} |"
+
+
+def _mean(runs: Sequence[Future[tuple[float, int]]]) -> str:
+    """The mean of the losses, and from the lowest to the highest."""
+    losses = [run.result()[0] for run in runs]
+    return f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/default.yaml")
+    parser.add_argument("--architectures", nargs="+", default=get_args(NAMES), help="the first is compared with")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, for which the cores are shared out")
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.processes))
+    for row in study(arguments.config, arguments.architectures, arguments.seeds, arguments.processes):
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
