@@ -5,6 +5,7 @@
     model/      tokens in, hidden states and logits out, the loss of them, the next token chosen
     training/   the LightningModule, optimizers and schedules
     data/       where tokens come from: dummy data and text, tokenizers, windows and their order
+    formats/    networks and tokenizers as other programs keep them: transformers and llama.cpp
     run/        what makes a run whole: checkpoints, exact resume, signals, its folder and its processes
     watch/      what a run shows: bar, speed, TensorBoard, pictures, the closing report
     command/    from a command line to settings, and from an error to one line and an exit status

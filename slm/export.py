@@ -1,7 +1,8 @@
-"""To and from the GPT-2 format of the Hugging Face ecosystem.
+"""To the formats of the Hugging Face ecosystem and of llama.cpp, and back from the first.
 
-`python -m slm.export --ckpt_path last --output DIR` writes a folder that `transformers` loads, and
-`python -m slm.export --from_gpt2 DIR --output FILE.pt` makes such a folder a file that everything here takes.
+`python -m slm.export --ckpt_path last --output DIR` writes a folder that `transformers` loads, with `--format gguf
+--output FILE.gguf` a file that llama.cpp loads; `python -m slm.export --from_hf DIR --output FILE.pt` makes a folder of
+the first kind a file that everything here takes.
 """
 
 import json
@@ -9,15 +10,17 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from slm.command.exit_codes import ends_in_one_line
 from slm.command.parser import new_parser, parse_flags
 from slm.durable import TEMPORARY, give_usual_modes
 from slm.errors import NotWrittenError, check
+from slm.formats.gguf import import_gguf, write_gguf
+from slm.formats.hugging_face import as_transformers, import_transformers, read_transformers
+from slm.formats.tokenizers import as_transformers_tokenizer, dumped_tokenizer
 from slm.messages import say, silence_notices
 from slm.run.checkpoint import DurableCheckpointIO, open_checkpoint
-from slm.run.gpt2 import as_gpt2, as_gpt2_tokenizer, import_transformers, read_gpt2
 from slm.run.loading import restore
 from slm.runs import read_run
 
@@ -30,7 +33,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-A causal Transformer language model in the format of GPT-2, trained with slm; its weights are those of `{source}`.
+A causal Transformer language model of the family of {family}, trained with slm; its weights are those of `{source}`.
 
 | | |
 |---|---|
@@ -56,8 +59,9 @@ def write_folder(ckpt_path: str, output: Path) -> None:
     check(is_free, f"output={output} is there and no empty folder: give another name, or remove it")
     path, content = open_checkpoint(ckpt_path, prefer="best")
     model = restore(path, content)
-    tokenizer = as_gpt2_tokenizer(content.get("tokenizer"), model.hparams["vocab_size"], model.hparams["max_seq_len"])
-    exported = as_gpt2(model, tokenizer.eos_token_id)
+    hparams = model.hparams
+    tokenizer = as_transformers_tokenizer(content.get("tokenizer"), hparams["vocab_size"], hparams["max_seq_len"])
+    exported = as_transformers(model, tokenizer.eos_token_id)
     unfinished = output.absolute().with_name(output.absolute().name + TEMPORARY)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -107,6 +111,7 @@ def model_card(source: Path, content: Mapping[str, Any], num_parameters: int) ->
         figures += run.figures(run.last_step(content["global_step"]) if "global_step" in content else run.best_step)
     return CARD.format(
         name=folder.absolute().name if run else source.stem,
+        family={"gpt2": "GPT-2", "llama": "Llama"}[content["hyper_parameters"].get("architecture", "gpt2")],
         source=source.name,
         figures="\n".join(f"| {name} | {value} |" for name, value in figures),
         settings="\n".join(f"{name}: {json.dumps(value)}" for name, value in settings.items()),
@@ -118,39 +123,64 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def import_gpt2(from_gpt2: Path, output: Path) -> None:
-    """Make a folder with a GPT-2 in the format of `transformers` a file like `simple_language_model.pt`.
+def write_file(ckpt_path: str, output: Path) -> None:
+    """Write a file that llama.cpp loads: weights and tokenizer.
 
     Raises:
-        InputError: there is no such folder, what it holds is not the network of this project, the file is there, or
-            `transformers` is not.
+        InputError: there is no such checkpoint, llama.cpp knows no such network or tokenizer, the file is there or
+            cannot be written, or the package `gguf` is not there.
     """
-    check(from_gpt2.is_dir(), f"from_gpt2={from_gpt2} is no folder: give one with config.json and weights")
+    check(not output.exists(), f"output={output} is there already: give another name, or remove it")
+    check(output.suffix == ".gguf", f"output={output} must end in .gguf")
+    import_gguf()
+    path, content = open_checkpoint(ckpt_path, prefer="best")
+    write_gguf(restore(path, content), content.get("tokenizer"), output)
+    say(f"{path} is exported to {output}")
+
+
+def import_folder(from_hf: Path, output: Path) -> None:
+    """Make a folder in the format of `transformers` a file like `simple_language_model.pt`.
+
+    Raises:
+        InputError: there is no such folder, what it holds is not a network of this project, or the file is there.
+    """
+    check(from_hf.is_dir(), f"from_hf={from_hf} is no folder: give one with config.json and weights")
     check(not output.exists(), f"output={output} is there already: give another name, or remove it")
     check(output.suffix == ".pt", f"output={output} must end in .pt")
-    content = read_gpt2(from_gpt2)
+    hparams, state = read_transformers(from_hf)
+    tokenizer = dumped_tokenizer(from_hf, hparams["vocab_size"])
+    content = {"hyper_parameters": hparams, "state_dict": state, "tokenizer": tokenizer}
     DurableCheckpointIO().save_checkpoint(content, output)
-    kind = "without a tokenizer" if content["tokenizer"] is None else "with its tokenizer"
-    say(f"{output} holds the weights of {from_gpt2}, {kind}")
+    kind = "without a tokenizer" if tokenizer is None else "with its tokenizer"
+    say(f"{output} holds the weights of {from_hf}, {kind}")
 
 
-def run(ckpt_path: str | None = None, from_gpt2: Path | None = None, output: Path | None = None) -> None:
-    """Write a trained model in the format of GPT-2, or with `from_gpt2` read one in it.
+def run(
+    ckpt_path: str | None = None,
+    format: Literal["hf", "gguf"] = "hf",
+    from_hf: Path | None = None,
+    output: Path | None = None,
+) -> None:
+    """Write a trained model in another format, or with `from_hf` read one.
 
     Args:
         ckpt_path: `last` or `best` (of the newest run under `runs/`), a run folder (its best), a `.ckpt` or a `.pt`;
             left out, it is `best`.
-        from_gpt2: a folder with a GPT-2 in the format of `transformers`, to be read.
-        output: the new or empty folder to be written, or with `from_gpt2` the new `.pt` file.
+        format: `hf`, a folder for `transformers`, or `gguf`, a file for llama.cpp.
+        from_hf: a folder with a GPT-2 or a Llama in the format of `transformers`, to be read.
+        output: the new or empty folder, or the new `.gguf` file; with `from_hf` the new `.pt` file.
 
     Raises:
-        InputError: see `write_folder` and `import_gpt2`.
+        InputError: see `write_folder`, `write_file` and `import_folder`.
     """
     check(output is not None, "output is missing: say where to with --output")
     assert output is not None
-    if from_gpt2 is not None:
-        check(ckpt_path is None, f"ckpt_path={ckpt_path} is not read with --from_gpt2: leave one of them out")
-        import_gpt2(from_gpt2, output)
+    if from_hf is not None:
+        check(ckpt_path is None, f"ckpt_path={ckpt_path} is not read with --from_hf: leave one of them out")
+        check(format == "hf", f"format={format} is not read, only written: leave out --format or --from_hf")
+        import_folder(from_hf, output)
+    elif format == "gguf":
+        write_file(ckpt_path or "best", output)
     else:
         write_folder(ckpt_path or "best", output)
 

@@ -14,10 +14,10 @@ import torch
 from slm.command.exit_codes import ends_in_one_line
 from slm.command.parser import new_parser, parse_flags
 from slm.errors import InputError, check
+from slm.formats.hugging_face import as_transformers
 from slm.hardware import keep_freed_memory, writing_device
 from slm.messages import say
 from slm.model.sampling import Sampler, decode
-from slm.run.gpt2 import as_gpt2
 from slm.training.language_model import LanguageModel
 
 PROMPT_TOKENS = 8
@@ -81,7 +81,7 @@ def _row(context: int, batch_size: int, rounds: int, device: torch.device) -> st
 def _hugging_face(model: LanguageModel, prompt: torch.Tensor, num_tokens: int) -> Iterator[Continue]:
     """The library's own `generate` with its cache, where it is installed."""
     try:
-        peer = as_gpt2(model, None).eval().to(prompt.device)
+        peer = as_transformers(model, None).eval().to(prompt.device)
     except InputError as error:
         say(str(error))
         return

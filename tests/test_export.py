@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text()
 TEXT = "Die Katze saß auf 猫 🙂\n\n  def f(x):\n\treturn x"
 
 
-def save(path: str, tokenizer: str | None, **sizes: int) -> LanguageModel:
+def save(path: str, tokenizer: str | None, **sizes: Any) -> LanguageModel:
     model = small_model(**{"num_layers": 2, **sizes}).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)  # biases and norms count too
@@ -40,16 +40,40 @@ def dumped(kind: str) -> str | None:
     return {"none": None, "bytes": "bytes", "bpe": train_bpe(iter([README]), 300).dump()}[kind]
 
 
-@pytest.fixture(params=["none", "bytes", "bpe"])
+GROUPED = {"architecture": "llama", "num_heads": 4, "num_kv_heads": 2, "rope_theta": 500.0, "norm_eps": 1e-3}
+FAMILIES = {
+    "gpt2": {},
+    "gpt2, untied": {"tie_embeddings": False, "norm_eps": 1e-3},
+    "llama": {"architecture": "llama"},
+    "llama, grouped": GROUPED,
+    "llama, grouped and untied": {**GROUPED, "tie_embeddings": False},
+}
+CASES = [("gpt2", "none"), ("gpt2", "bytes"), ("llama, grouped", "bpe"), ("gpt2, untied", "bytes")]
+CASES += [("llama", "none"), ("llama, grouped and untied", "bytes"), ("gpt2", "bpe")]
+
+
+@pytest.fixture(params=CASES, ids=" with ".join)
 def exported(request: pytest.FixtureRequest, workdir: Path) -> tuple[LanguageModel, str | None]:
     """A model and its tokenizer, exported to the folder `out`."""
-    tokenizer = dumped(request.param)
-    model = save("model.pt", tokenizer, vocab_size=300 if request.param == "bpe" else 256)
+    family, kind = request.param
+    tokenizer = dumped(kind)
+    model = save("model.pt", tokenizer, vocab_size=300 if kind == "bpe" else 256, **FAMILIES[family])
     main(["--ckpt_path=model.pt", "--output=out"])
     return model, tokenizer
 
 
-def test_logits_and_greedy_tokens_are_the_same(exported: tuple[LanguageModel, str | None]) -> None:
+@pytest.fixture
+def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the library's RMSNorm compute in the type of its input: it computes in 32 bits whatever that is."""
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt() * self.weight
+
+    monkeypatch.setattr(norm, "forward", forward)
+
+
+def test_logits_and_greedy_tokens_are_the_same(exported: tuple[LanguageModel, str | None], exact_norms: None) -> None:
     model, _ = exported
     theirs = transformers.AutoModelForCausalLM.from_pretrained("out").eval()
     tokens = torch.randint(256, (3, 16))
@@ -79,7 +103,7 @@ def test_the_tokenizer_has_the_same_ids_and_text(exported: tuple[LanguageModel, 
 
 
 def test_the_way_back_gives_the_same_file(exported: tuple[LanguageModel, str | None]) -> None:
-    main(["--from_gpt2=out", "--output=back.pt"])
+    main(["--from_hf=out", "--output=back.pt"])
     before, after = (read_checkpoint(Path(name)) for name in ("model.pt", "back.pt"))
     assert before["hyper_parameters"] == after["hyper_parameters"]
     assert before["tokenizer"] == after["tokenizer"]
@@ -110,7 +134,7 @@ def test_a_tokenizer_after_the_mark_of_utf8_is_read(workdir: Path) -> None:
     main(["--ckpt_path=model.pt", "--output=out"])
     path = Path("out/tokenizer.json")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    main(["--from_gpt2=out", "--output=back.pt"])
+    main(["--from_hf=out", "--output=back.pt"])
     assert read_checkpoint(Path("back.pt"))["tokenizer"] == dumped("bpe")
 
 
@@ -128,7 +152,7 @@ def test_every_file_that_a_command_writes_can_be_read_by_those_whom_the_umask_le
         text = ["--data=TextData", "--data.path=text.txt", "--data.tokenizer=bpe", "--model.vocab_size=300"]
         slm(*small, *text, "--trainer.max_epochs=1")
         main(["--ckpt_path=best", "--output=out"])
-        main(["--from_gpt2=out", "--output=back.pt"])
+        main(["--from_hf=out", "--output=back.pt"])
     finally:
         os.umask(before)
     modes = {path: path.stat().st_mode & 0o777 for path in workdir.rglob("*") if path.is_file()}
@@ -153,10 +177,17 @@ def gpt2_folder(**changes: Any) -> transformers.GPT2LMHeadModel:
     return model
 
 
+def change_config(make: Callable[[], Any], changes: dict[str, Any]) -> None:
+    """Write the folder of a model whose config.json then says something else."""
+    make()
+    [config] = Path().glob("*/config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+
+
 @pytest.mark.slow
 def test_a_gpt2_of_others_computes_the_same_here_and_can_be_trained_further(slm: Run) -> None:
     theirs = gpt2_folder()
-    main(["--from_gpt2=gpt2", "--output=gpt2.pt"])
+    main(["--from_hf=gpt2", "--output=gpt2.pt"])
     tokens = torch.randint(40, (2, 24))
     torch.testing.assert_close(load("gpt2.pt")(tokens), theirs(tokens).logits)
     assert load("gpt2.pt").hparams["hidden_dim"] == 64
@@ -284,11 +315,11 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ([], "error: output is missing: say where to with --output"),
         (["--output=full"], "error: output=full is there and no empty folder"),
         (["--output=new", "--ckpt_path=none.pt"], "error: ckpt_path=none.pt: there is no such file"),
-        (["--output=new.pt", "--from_gpt2=full", "--ckpt_path=best"], "error: ckpt_path=best is not read with"),
-        (["--output=new.pt", "--from_gpt2=none"], "error: from_gpt2=none is no folder"),
-        (["--output=new.pt", "--from_gpt2=full"], "error: from_gpt2=full cannot be read as a GPT-2"),
-        (["--output=model.pt", "--from_gpt2=full"], "error: output=model.pt is there already"),
-        (["--output=new", "--from_gpt2=full"], "error: output=new must end in .pt"),
+        (["--output=new.pt", "--from_hf=full", "--ckpt_path=best"], "error: ckpt_path=best is not read with"),
+        (["--output=new.pt", "--from_hf=none"], "error: from_hf=none is no folder"),
+        (["--output=new.pt", "--from_hf=full"], "error: from_hf=full cannot be read: "),
+        (["--output=model.pt", "--from_hf=full"], "error: output=model.pt is there already"),
+        (["--output=new", "--from_hf=full"], "error: output=new must end in .pt"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -304,16 +335,15 @@ def test_a_mistake_is_one_line(
     ("changes", "message"),
     [
         ({"activation_function": "relu"}, "gpt2 has activation_function=relu: the network here has gelu_new or"),
-        ({"layer_norm_epsilon": 1e-6}, "gpt2 has layer_norm_epsilon=1e-06: the network here has 1e-05"),
-        ({"tie_word_embeddings": False}, "gpt2 has tie_word_embeddings=False: the network here has True"),
+        ({"quantization_config": {"bits": 4}}, "gpt2 has quantization_config={'bits': 4}: the network here has None"),
         ({"scale_attn_by_inverse_layer_idx": True}, "gpt2 has scale_attn_by_inverse_layer_idx=True: the network"),
     ],
 )
 def test_a_gpt2_that_is_another_network_is_refused(
     changes: dict[str, Any], message: str, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gpt2_folder(**changes)
-    assert message in refuse(capsys, "--from_gpt2=gpt2", "--output=new.pt")
+    change_config(gpt2_folder, changes)
+    assert message in refuse(capsys, "--from_hf=gpt2", "--output=new.pt")
 
 
 def stored(kind: str) -> dict[str, torch.Tensor]:
@@ -346,21 +376,21 @@ KINDS = ["safetensors", "shards of safetensors", "pickle", "pickle of old", "sha
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 @pytest.mark.parametrize("kind", slow_after_first(KINDS))
-def test_a_head_of_its_own_is_refused_and_an_equal_one_is_not(
+def test_a_head_of_its_own_is_refused_where_the_config_says_that_it_is_tied_and_an_equal_one_is_not(
     kind: str, prefix: str, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = {name.replace("transformer.", prefix): value for name, value in stored(kind).items()}
     head = tensors[f"{prefix}wte.weight"].clone()
     store(kind, {**tensors, "lm_head.weight": head + 0.1})
-    expected = f"gpt2 has other values in lm_head.weight than in {prefix}wte.weight: the network here has one matrix"
-    assert expected in refuse(capsys, "--from_gpt2=gpt2", "--output=new.pt")
+    expected = "gpt2 has other values in lm_head.weight than in transformer.wte.weight, though its config.json has tie"
+    assert expected in refuse(capsys, "--from_hf=gpt2", "--output=new.pt")
     config = Path("gpt2/config.json")
     told = json.loads(config.read_text())
     del told["tie_word_embeddings"]
     config.write_text(json.dumps(told))
-    assert expected in refuse(capsys, "--from_gpt2=gpt2", "--output=new.pt")
+    assert expected in refuse(capsys, "--from_hf=gpt2", "--output=new.pt")
     store(kind, {**tensors, "lm_head.weight": head})
-    main(["--from_gpt2=gpt2", "--output=new.pt"])
+    main(["--from_hf=gpt2", "--output=new.pt"])
     assert torch.equal(load("new.pt").transformer.token_embedding.weight, head)
 
 
@@ -372,7 +402,7 @@ def test_the_masks_that_older_versions_kept_are_no_weights(kind: str, prefix: st
         tensors[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
         tensors[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     store(kind, tensors)
-    main(["--from_gpt2=gpt2", "--output=new.pt"])
+    main(["--from_hf=gpt2", "--output=new.pt"])
     theirs, tokens = gpt2_folder(), torch.randint(40, (2, 24))
     torch.testing.assert_close(load("new.pt")(tokens), theirs(tokens).logits)
 
@@ -380,17 +410,101 @@ def test_the_masks_that_older_versions_kept_are_no_weights(kind: str, prefix: st
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("n_embd", 32, "cannot be read as a GPT-2"),
+        ("n_embd", 32, "of shape (48,), but by its config.json that is (96,)"),
         ("n_layer", 3, "gpt2 has no weights for transformer.h.2."),
         ("n_layer", 1, "gpt2 has weights that its config.json does not tell of: transformer.h.1."),
-        ("n_inner", 32, "cannot be read as a GPT-2"),
-        ("model_type", "llama", "gpt2 has model_type=llama: the network here has gpt2"),
+        ("n_inner", 32, "of shape (64,), but by its config.json that is (32,)"),
+        ("model_type", "mistral", "gpt2 has model_type=mistral: the networks here are gpt2 and llama"),
+        ("model_type", "llama", "config.json does not say hidden_size, num_attention_heads, num_hidden_layers"),
+        ("n_head", 3, "gpt2 has sizes that no network has: embed_dim=16 is not divisible by num_heads=3"),
     ],
 )
 def test_a_gpt2_with_sizes_that_do_not_fit_is_refused(
     name: str, value: Any, message: str, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gpt2_folder()
-    config = Path("gpt2/config.json")
-    config.write_text(json.dumps({**json.loads(config.read_text()), name: value}))
-    assert message in refuse(capsys, "--from_gpt2=gpt2", "--output=new.pt")
+    change_config(gpt2_folder, {name: value})
+    assert message in refuse(capsys, "--from_hf=gpt2", "--output=new.pt")
+
+
+def llama_folder(**changes: Any) -> Any:
+    """A small model in the shape of SmolLM2 in the folder `llama`: a third as many heads of keys and values, tied."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=36, intermediate_size=48, num_hidden_layers=2, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=24, rope_theta=100_000.0, rms_norm_eps=1e-5,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(changes.pop("dtype", torch.float32)).eval()
+    model.save_pretrained("llama", **changes)
+    return model
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "10KB"}], ids=["one file", "several"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_llama_of_others_computes_the_same_here(dtype: torch.dtype, shards: Any, workdir: Path) -> None:
+    theirs = llama_folder(dtype=dtype, **shards).float()
+    assert len([*Path("llama").glob("*.safetensors")]) > bool(shards)
+    main(["--from_hf=llama", "--output=llama.pt"])
+    ours, tokens = load("llama.pt"), torch.randint(40, (2, 24))
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+    expected = {"rope_theta": 100_000.0, "num_kv_heads": 3, "max_seq_len": 24, "architecture": "llama"}
+    assert {name: ours.hparams[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "llama has rope_scaling={'type': 'linear'}"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "llama has rope_parameters={'rope_type':"),
+        ({"attention_bias": True}, "llama has attention_bias=True: the network here has False"),
+        ({"mlp_bias": True}, "llama has mlp_bias=True: the network here has False"),
+        ({"hidden_act": "gelu"}, "llama has hidden_act=gelu: the network here has silu or swish"),
+        ({"head_dim": 8}, "llama has head_dim=8: the network here has 36 / 9, its width for each head"),
+        ({"rope_interleaved": True}, "llama has rope_interleaved=True: the network here has False"),
+        ({"num_key_value_heads": 9}, "llama has model.layers.0.self_attn.k_proj.weight of shape (12, 36), but by its"),
+        ({"tie_word_embeddings": False}, "llama has no weights for lm_head.weight"),
+    ],
+)  # fmt: skip
+def test_a_llama_that_is_another_network_is_refused(
+    changes: dict[str, Any], message: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_config(llama_folder, changes)
+    assert message in refuse(capsys, "--from_hf=llama", "--output=new.pt")
+
+
+def test_a_config_of_an_older_version_says_how_slowly_rotary_positions_turn(workdir: Path) -> None:
+    theirs = llama_folder()
+    config = Path("llama/config.json")
+    told = json.loads(config.read_text())
+    told.pop("rope_parameters", None)
+    config.write_text(json.dumps({**told, "rope_theta": 100_000.0, "rope_scaling": None}))
+    main(["--from_hf=llama", "--output=llama.pt"])
+    tokens = torch.randint(40, (2, 24))
+    torch.testing.assert_close(load("llama.pt")(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_a_shard_that_is_missing_is_named(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama_folder(max_shard_size="10KB")
+    shard = sorted(Path("llama").glob("*.safetensors"))[0]
+    shard.unlink()
+    message = refuse(capsys, "--from_hf=llama", "--output=new.pt")
+    assert "from_hf=llama cannot be read" in message
+    assert shard.name in message
+
+
+@pytest.mark.slow
+def test_a_llama_of_others_is_trained_further_on_shorter_windows_of_ones_own_text(slm: Run) -> None:
+    llama_folder()
+    library = pytest.importorskip("tokenizers")
+    words = {"<|endoftext|>": 0} | {word: index for index, word in enumerate({*README.split()}, start=1)}
+    plain = library.Tokenizer(library.models.WordLevel({w: i for w, i in words.items() if i < 40}, "<|endoftext|>"))
+    plain.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
+    plain.save("llama/tokenizer.json")
+    main(["--from_hf=llama", "--output=llama.pt"])
+    Path("text.txt").write_text(README)
+    flags = [*UNSHOWN, "--data.path=text.txt", "--model.max_seq_len=12", "--trainer.max_steps=2"]
+    slm("--init_from=llama.pt", *flags)
+    hparams = load("runs/version_0").hparams
+    assert (hparams["max_seq_len"], hparams["num_kv_heads"], hparams["architecture"]) == (12, 3, "llama")
+    slm("--ckpt_path=last", "--trainer.max_steps=4")

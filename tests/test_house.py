@@ -14,10 +14,11 @@ WINGS = {  # each with those that it may import from
     "model": {GROUND},
     "training": {GROUND, "model"},
     "data": {GROUND},
+    "formats": {GROUND, "model", "training", "data"},
     "run": {GROUND, "model", "training", "data"},
     "watch": {GROUND, "model", "training", "data", "run"},
     "command": {GROUND, "model", "training", "data", "run", "watch"},
-    "doors": {GROUND, "model", "training", "data", "run", "watch", "command"},
+    "doors": {GROUND, "model", "training", "data", "formats", "run", "watch", "command"},
 }
 ON_THE_GROUND = {"errors", "durable", "hardware", "messages", "paths"}
 FILES = {

@@ -58,7 +58,7 @@ def test_every_command_finds_what_lies_in_the_home_folder(home: Path, capsys: py
     runs.main(["--runs=~/runs"])
     assert "version_0" in capsys.readouterr().out
     export.main(["--ckpt_path=~/runs/version_0", "--output=~/exported"])
-    export.main(["--from_gpt2=~/exported", "--output=~/imported.pt"])
+    export.main(["--from_hf=~/exported", "--output=~/imported.pt"])
     main([*SMALL_TEXT, "--init_from=~/imported.pt", "--data.path=~/a.txt", "--trainer.default_root_dir=~/again"])
     assert (home / "again/runs/version_0/checkpoints/last.ckpt").is_file()
     assert list(Path().iterdir()) == []

@@ -358,9 +358,12 @@ def _keep_shapes(settings: Namespace, start: Start, model_class: type[LanguageMo
     assert start.path is not None
     settings.init_from = str(start.path.absolute())
     stored, defaults = start.content["hyper_parameters"], model_class.network_options()
+    tied = model_class.network.options_of_weights({**defaults, **stored})
     for name in sorted(model_class.fixed_options()):
         has, asked = stored.get(name, defaults[name]), settings.model[name]
         by_flag = _look_for([f"--model.{name}"], flags)[0][f"model.{name}"]
+        if name not in tied and (by_flag or asked != defaults[name]):
+            continue
         check(
             asked == has or not by_flag,
             f"{name}={asked} cannot apply to the weights in {start.path}, which have {name}={has}: leave it out",

@@ -82,7 +82,7 @@ class SubwordTokenizer:
     """
 
     def __init__(self, content: str, name: str = "the tokenizer") -> None:
-        library = _library()
+        library = import_tokenizers()
         try:
             self._tokenizer: Library = library.Tokenizer.from_str(content)
         except Exception as error:  # the library raises no narrower one
@@ -127,7 +127,7 @@ class SubwordTokenizer:
             and steps[-1].get("type") == "ByteLevel"
             and not steps[-1]["add_prefix_space"]
             and all(step.get("type") == "Split" and step["behavior"] == "Isolated" for step in steps[:-1])
-            and set(_library().pre_tokenizers.ByteLevel.alphabet()) <= self._tokenizer.get_vocab().keys()
+            and set(import_tokenizers().pre_tokenizers.ByteLevel.alphabet()) <= self._tokenizer.get_vocab().keys()
         )
 
     @cached_property
@@ -189,7 +189,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> SubwordTokenizer:
         f"vocab_size={vocab_size} is too small for byte-level BPE, which has {NUM_BYTES} bytes and the end of text: "
         "give it more, such as --model.vocab_size 10000",
     )
-    library = _library()
+    library = import_tokenizers()
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
@@ -216,7 +216,7 @@ def cut(text: str, start: int) -> int:
     return found.end() if found else stop
 
 
-def _library() -> Any:
+def import_tokenizers() -> Any:
     try:
         import tokenizers
         import tokenizers.decoders

@@ -75,7 +75,7 @@ def causal_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _grouped(x: Tensor, k: Tensor) -> Tensor:
-    """What each head of queries has, (B, H, T, C), as rows beside one another for its head of keys, (B, K, TH / K, C)."""
+    """What each head of queries has, (B, H, T, C), as further rows for its head of keys, (B, K, T H / K, C)."""
     return x.reshape(len(x), k.shape[1], -1, x.shape[-1])
 
 

@@ -10,7 +10,7 @@ What the families differ in stands in `GPT2` and `LLAMA`.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -236,7 +236,7 @@ class Transformer(nn.Module):
 
     architectures: ClassVar[Mapping[str, Architecture]] = {"gpt2": GPT2, "llama": LLAMA}
     changeable_options: ClassVar[frozenset[str]] = frozenset({"dropout"})
-    """The options that may change after training; the weights depend on all others."""
+    """The options that may change after training; what is trained depends on all others."""
 
     def __init__(
         self,
@@ -300,6 +300,15 @@ class Transformer(nn.Module):
         self.final_norm = parts.norm(embed_dim, norm_eps)
         self.output = None if tie_embeddings else nn.Linear(embed_dim, vocab_size, bias=False)
         self.reset_parameters()
+
+    @classmethod
+    def options_of_weights(cls, options: Mapping[str, Any]) -> set[str]:
+        """The options, out of all of a network's, that weights are tied to: other training may change the others.
+
+        Rotary positions have no weights, so sequences may be of another length.
+        """
+        is_rotary = cls.architectures[options.get("architecture", "gpt2")].is_rotary
+        return options.keys() - cls.changeable_options - ({"max_seq_len"} if is_rotary else set())
 
     def reset_parameters(self) -> None:
         """GPT-2's initialization: N(0, 0.02), what is added to the residual stream smaller, biases 0."""

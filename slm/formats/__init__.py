@@ -1,0 +1,1 @@
+"""Networks and tokenizers as other programs keep them: `transformers` and llama.cpp."""
