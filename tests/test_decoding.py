@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import likeliest, small_model
 from torch import Tensor
 
@@ -45,6 +46,39 @@ def test_greedy_tokens_and_logits_are_those_of_the_network_without_a_cache(max_s
         assert (seen[-1] - expected).abs().max() <= 1e-5
         assert chosen[0] == expected.argmax()
         tokens.append(int(chosen[0]))
+
+
+@pytest.mark.parametrize("max_seq_len", [16, 20, 1])
+def test_rotary_positions_forget_the_oldest_eighth_and_read_nothing_again(
+    max_seq_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"architecture": "llama", "num_layers": 2, "num_kv_heads": 1}
+    short, long = (small_model(max_seq_len=length, **options).transformer.eval() for length in (max_seq_len, 64))
+    for parameter in long.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    short.load_state_dict(long.state_dict())
+    seen: list[Tensor] = []
+
+    def choose(logits: Tensor) -> Tensor:
+        seen.append(logits[0])
+        return likeliest(logits)
+
+    start = torch.randint(20, (1, min(5, max_seq_len)))
+    written = torch.cat([start[0], *islice(decode(short, start, choose), 60 - start.shape[1])])
+    attended, num_forgotten, in_cache = torch.ones(60, 60, dtype=torch.bool).tril(), max(1, max_seq_len // 8), 0
+    oldest = 0
+    for position in range(60):
+        if in_cache == max_seq_len:
+            oldest, in_cache = oldest + num_forgotten, in_cache - num_forgotten
+        attended[position, :oldest] = False
+        in_cache += 1
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attended, enable_gqa=True)
+
+    monkeypatch.setattr("slm.model.transformer.causal_attention", masked)
+    expected = long.logits(long(written[None]))[0]  # at its own positions, under a mask of what was forgotten
+    torch.testing.assert_close(torch.stack(seen), expected[start.shape[1] - 1 : -1], atol=1e-4, rtol=0)
 
 
 def test_sequences_beside_one_another_do_not_mix() -> None:

@@ -24,8 +24,9 @@ SMALLEST_TEMPERATURE = 1e-30
 def decode(transformer: Transformer, tokens: Tensor, choose: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """The tokens (B,) that go on from tokens (B, T) of at least one position, one after another, without end.
 
-    The network reads the last `max_seq_len` tokens of the beginning. When the sequence grows longer than that, the
-    caches are dropped and its last half is read again, from position 0: so each token is read at most twice.
+    The network reads the last `max_seq_len` tokens of the beginning. When the sequence grows longer than that, rotary
+    positions let the caches forget the oldest eighth, and no token is read again. Learned positions end there: the last
+    half is read again from position 0, so each token is read at most twice.
 
     Args:
         transformer: the network.
@@ -41,9 +42,16 @@ def decode(transformer: Transformer, tokens: Tensor, choose: Callable[[Tensor], 
         yield chosen
         unseen = chosen[:, None]
         window = torch.cat([window, unseen], dim=1)
-        if window.shape[1] > longest:
+        if window.shape[1] <= longest:
+            continue
+        if transformer.rotary is None:
             window = unseen = window[:, -max(1, longest // 2) :]
             caches = transformer.new_caches()
+        else:
+            num_forgotten = max(1, longest // 8)
+            window = window[:, num_forgotten:]
+            for cache in caches:
+                cache.forget(num_forgotten, transformer.rotary)
 
 
 def without_call_overhead(module: _Module) -> _Module:

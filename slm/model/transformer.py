@@ -35,29 +35,6 @@ class ResidualLinear(nn.Linear):
     """A linear layer whose output is added to the residual stream: GPT-2 initializes it with smaller weights."""
 
 
-class KVCache:
-    """The keys and values of one layer for the tokens that it has seen, so that each is computed once.
-
-    Args:
-        capacity: how many tokens it can hold.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self.k = self.v = torch.empty(0)
-
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of the next tokens, (B, K, T, D / H); returns those of all tokens so far, (B, K, S, D / H)."""
-        if self.length == 0:
-            batch_size, num_kv_heads, _, head_dim = k.shape
-            self.k, self.v = (k.new_empty(batch_size, num_kv_heads, self.capacity, head_dim) for _ in range(2))
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
-
-
 class RotaryEmbedding(nn.Module):
     """Turns queries and keys by angles that grow with their positions (Su et al., 2021, "RoFormer").
 
@@ -84,6 +61,41 @@ class RotaryEmbedding(nn.Module):
         positions = slice(start, start + x.shape[2])
         cos, sin = self.cos[positions].to(x.dtype), self.sin[positions].to(x.dtype)  # (T, D / H)
         return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+    def turned_back(self, x: Tensor, by: int) -> Tensor:
+        """Queries or keys (B, H, T, D / H), turned to positions that are lower by a number."""
+        cos, sin = self.cos[by : by + 1].to(x.dtype), self.sin[by : by + 1].to(x.dtype)  # (1, D / H)
+        return x * cos - x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+class KVCache:
+    """The keys and values of one layer for the tokens that it has seen, so that each is computed once.
+
+    Args:
+        capacity: how many tokens it can hold.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.k = self.v = torch.empty(0)
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the next tokens, (B, K, T, D / H); returns those of all tokens so far, (B, K, S, D / H)."""
+        if self.length == 0:
+            batch_size, num_kv_heads, _, head_dim = k.shape
+            self.k, self.v = (k.new_empty(batch_size, num_kv_heads, self.capacity, head_dim) for _ in range(2))
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    def forget(self, num_tokens: int, rotary: RotaryEmbedding) -> None:
+        """Drop the oldest tokens. The others move to the first positions, to which their keys are turned back."""
+        kept = slice(num_tokens, self.length)
+        self.length -= num_tokens
+        self.k[:, :, : self.length] = rotary.turned_back(self.k[:, :, kept], num_tokens)
+        self.v[:, :, : self.length] = self.v[:, :, kept].clone()
 
 
 class CausalSelfAttention(nn.Module):
@@ -291,10 +303,10 @@ class Transformer(nn.Module):
         self.max_seq_len = max_seq_len
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
         self.position_embedding = None if parts.is_rotary else nn.Embedding(max_seq_len, embed_dim)
-        rotary = RotaryEmbedding(max_seq_len, head_dim, rope_theta) if parts.is_rotary else None
+        self.rotary = RotaryEmbedding(max_seq_len, head_dim, rope_theta) if parts.is_rotary else None
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, hidden_dim, dropout, parts, num_kv_heads, norm_eps, rotary)
+            Block(embed_dim, num_heads, hidden_dim, dropout, parts, num_kv_heads, norm_eps, self.rotary)
             for _ in range(num_layers)
         )
         self.final_norm = parts.norm(embed_dim, norm_eps)
