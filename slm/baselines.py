@@ -85,24 +85,39 @@ def teaching_script(sizes: dict[str, int], device: torch.device) -> tuple[nn.Mod
     return model, lambda tokens, targets: F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
 
 
-def hugging_face(sizes: dict[str, int], device: torch.device) -> tuple[nn.Module, LossOf]:
-    from transformers import GPT2Config, GPT2LMHeadModel
+def hugging_face(sizes: dict[str, Any], device: torch.device) -> tuple[nn.Module, LossOf]:
+    """The library's model of the same family and sizes, without dropout."""
+    import transformers
 
-    config = GPT2Config(
-        vocab_size=sizes["vocab_size"],
-        n_positions=sizes["max_seq_len"],
-        n_embd=sizes["embed_dim"],
-        n_layer=sizes["num_layers"],
-        n_head=sizes["num_heads"],
-        n_inner=sizes["hidden_dim"],
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        use_cache=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model: nn.Module = GPT2LMHeadModel(config)
+    common = {"vocab_size": sizes["vocab_size"], "use_cache": False, "bos_token_id": None, "eos_token_id": None}
+    config: Any
+    model: Any
+    if sizes["architecture"] == "llama":
+        config = transformers.LlamaConfig(
+            **common,
+            max_position_embeddings=sizes["max_seq_len"],
+            hidden_size=sizes["embed_dim"],
+            num_hidden_layers=sizes["num_layers"],
+            num_attention_heads=sizes["num_heads"],
+            num_key_value_heads=sizes["num_kv_heads"] or sizes["num_heads"],
+            intermediate_size=sizes["hidden_dim"],
+            tie_word_embeddings=sizes["tie_embeddings"],
+        )
+        model = transformers.LlamaForCausalLM(config)
+    else:
+        config = transformers.GPT2Config(
+            **common,
+            n_positions=sizes["max_seq_len"],
+            n_embd=sizes["embed_dim"],
+            n_layer=sizes["num_layers"],
+            n_head=sizes["num_heads"],
+            n_inner=sizes["hidden_dim"],
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            tie_word_embeddings=sizes["tie_embeddings"],
+        )
+        model = transformers.GPT2LMHeadModel(config)
     model.to(device)
     return model, lambda tokens, targets: model(input_ids=tokens, labels=tokens).loss
 
@@ -137,7 +152,7 @@ def main(name: str, settings: str) -> None:
     sizes = json.loads(settings)
     device, autocast = torch.device(sizes.pop("device")), sizes.pop("autocast")
     torch.manual_seed(0)
-    build = {"teaching script": teaching_script, "Hugging Face GPT-2": hugging_face}[name]
+    build = {"teaching script": teaching_script, "Hugging Face": hugging_face}[name]
     model, loss_of = build(sizes, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     shape = (sizes["batch_size"], sizes["max_seq_len"] + 1)

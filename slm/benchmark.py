@@ -51,7 +51,7 @@ from slm.run.signals import Progress
 from slm.training.optimizers import build_optimizer, matmul_flops
 
 ROUNDS, SWEEP_ROUNDS = 9, 3
-OURS, BARE, TEACHING, HUGGING_FACE = "slm", "its bare loop", "teaching script", "Hugging Face GPT-2"
+OURS, BARE, TEACHING, HUGGING_FACE = "slm", "its bare loop", "teaching script", "Hugging Face"
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
 Measured = tuple[dict[str, "Contestant"], dict[str, Any], list[float]]
 MATMUL_SIZE = {"cpu": 2048}
@@ -60,15 +60,17 @@ LONGEST_PRODUCTS = 2.0
 """Seconds after which no further one is timed: in bf16 without instructions for it, one takes so long."""
 
 
-def flops_per_step(sizes: Mapping[str, int]) -> int:
+def flops_per_step(sizes: Mapping[str, Any]) -> int:
     """Floating-point operations of the matrix products of a training step; the backward pass does twice the forward's.
 
     Attention counts every pair of positions, though half of them are masked (Chowdhery et al., 2022, appendix B).
     """
-    seq_len, embed_dim = sizes["max_seq_len"], sizes["embed_dim"]
-    weights = 4 * embed_dim**2 + 2 * embed_dim * sizes["hidden_dim"]
+    seq_len, embed_dim, num_heads = sizes["max_seq_len"], sizes["embed_dim"], sizes["num_heads"]
+    kv_dim = embed_dim // num_heads * (sizes["num_kv_heads"] or num_heads)
+    num_matrices = 3 if sizes["architecture"] == "llama" else 2  # of the feed-forward layer
+    weights = 2 * embed_dim * (embed_dim + kv_dim) + num_matrices * embed_dim * sizes["hidden_dim"]
     per_token = sizes["num_layers"] * (2 * weights + 4 * seq_len * embed_dim) + 2 * sizes["vocab_size"] * embed_dim
-    return 3 * per_token * sizes["batch_size"] * seq_len
+    return int(3 * per_token * sizes["batch_size"] * seq_len)
 
 
 class Clock(Callback):

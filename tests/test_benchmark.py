@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,16 +27,19 @@ def counted(logits_of: Callable[[torch.Tensor], torch.Tensor]) -> int:
     return int(counter.get_total_flops())
 
 
-def test_the_operations_of_a_step_are_those_that_torch_counts() -> None:
+@pytest.mark.parametrize("options", [{}, {"architecture": "llama", "num_kv_heads": 1, "tie_embeddings": False}])
+def test_the_operations_of_a_step_are_those_that_torch_counts(options: dict[str, Any]) -> None:
     with torch.device("meta"):
-        model = LanguageModel(**SIZES)
-    assert flops_per_step({**SIZES, "batch_size": 5}) == counted(model)
+        model = LanguageModel(**{**SIZES, "embed_dim": 30, **options})
+    assert flops_per_step({**model.hparams, "batch_size": 5}) == counted(model)
 
 
 def test_the_teaching_script_does_the_same_operations() -> None:
     with torch.device("meta"):
         model = TeachingScript(SIZES)
-    assert flops_per_step({**SIZES, "batch_size": 5}) == pytest.approx(counted(model), rel=1e-6)
+    assert flops_per_step({**LanguageModel(**SIZES).hparams, "batch_size": 5}) == pytest.approx(
+        counted(model), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(("optimizer", "has_products"), [("muon", True), ("adamw", False)])
