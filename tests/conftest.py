@@ -22,6 +22,7 @@ from slm.command.parser import TrainingParser
 from slm.command.settings import read_command
 from slm.command.trainer import check_trainer, new_trainer
 from slm.data import DummyData, TextData, TokenData
+from slm.data.tokenizer import train_bpe
 from slm.errors import InputError
 from slm.training.language_model import LanguageModel
 
@@ -185,6 +186,30 @@ def fit(model: LanguageModel, data: TokenData | None = None, **flags: Any) -> Tr
     )
     trainer.fit(model, datamodule=data or small_data())
     return trainer
+
+
+def llama_folder(folder: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """A small model in the shape of SmolLM2 and a tokenizer that cuts words as its does, in a folder; returns it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=36, intermediate_size=48, num_hidden_layers=2, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=24, rope_theta=100_000.0, rms_norm_eps=1e-5,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    model.save_pretrained(folder, **settings)
+    Path(folder, "tokenizer.json").write_text(cutting_digits(train_bpe(iter([RHYME]), 280).dump()))
+    return model
+
+
+def cutting_digits(bpe: str) -> str:
+    """The same tokenizer cutting as SmolLM2's does: every digit is a word of its own."""
+    library = pytest.importorskip("tokenizers")
+    tokenizer, pre = library.Tokenizer.from_str(bpe), library.pre_tokenizers
+    tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
+    tokenizer.add_tokens(["Katze"])
+    return str(tokenizer.to_str())
 
 
 def likeliest(logits: Tensor) -> Tensor:

@@ -53,20 +53,20 @@ class MixedModel(LanguageModel):
     network = MixedTransformer
 
 
-def flags_of(name: str, config: str) -> list[str]:
-    """The command line of a model that has about as many parameters as the configuration's."""
-    hidden_dim = read_command([f"--config={config}"]).new_model().hparams["hidden_dim"]
+def flags_of(name: str, flags: Sequence[str]) -> list[str]:
+    """The command line of a model that has about as many parameters as that of the flags."""
+    hidden_dim = read_command(flags).new_model().hparams["hidden_dim"]
     if MixedTransformer.architectures[name].feed_forward is SwiGLU:
         hidden_dim = round(hidden_dim * 2 / 3 / 8) * 8
     model = ["--model=tests.families.MixedModel", f"--model.architecture={name}", f"--model.hidden_dim={hidden_dim}"]
-    return [f"--config={config}", *model]
+    return [*flags, *model]
 
 
-def time_steps(names: Sequence[str], config: str) -> tuple[dict[str, float], dict[str, int]]:
+def time_steps(names: Sequence[str], flags: Sequence[str]) -> tuple[dict[str, float], dict[str, int]]:
     """Milliseconds of a training step of each model, the median of rounds in which all take turns; and its size."""
     loops, sizes = {}, {}
     for name in names:
-        command = read_command(flags_of(name, config))
+        command = read_command(flags_of(name, flags))
         model = command.new_model()
         data = command.new_data(model)
         data.setup()
@@ -96,15 +96,15 @@ def _steps(model: LanguageModel, data: Any) -> Iterator[None]:
             yield
 
 
-def train(name: str, config: str, seed: int, num_steps: int | None) -> tuple[float, int]:
+def train(name: str, flags: Sequence[str], seed: int, num_steps: int | None) -> tuple[float, int]:
     """The best validation loss of a run, and its steps."""
-    flags = [*flags_of(name, config), f"--seed_everything={seed}"]
-    flags += [f"--watch.{part}=false" for part in ("samples", "attention", "embedding", "loss_figure")]
+    argv = [*flags_of(name, flags), f"--seed_everything={seed}", "--trainer.enable_progress_bar=false"]
+    argv += [f"--watch.{part}=false" for part in ("samples", "attention", "embedding", "loss_figure")]
     if num_steps is not None:
-        flags += ["--trainer.max_epochs=-1", f"--trainer.max_steps={num_steps}"]
+        argv += ["--trainer.max_epochs=-1", f"--trainer.max_steps={num_steps}"]
     with tempfile.TemporaryDirectory() as folder:
-        flags += [f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
-        done = subprocess.run([sys.executable, "train.py", *flags], capture_output=True, text=True, check=True)
+        argv += [f"--trainer.default_root_dir={folder}"]
+        done = subprocess.run([sys.executable, "train.py", *argv], stdout=subprocess.PIPE, text=True, check=True)
         [best] = Path(folder).glob("runs/*/checkpoints/best.ckpt")
         last = torch.load(best.with_name("last.ckpt"), weights_only=True, mmap=True)
     loss = re.search(r"^val/loss +([\d.]+)", done.stdout, re.M)
@@ -112,15 +112,15 @@ def train(name: str, config: str, seed: int, num_steps: int | None) -> tuple[flo
     return float(loss[1]), last["global_step"]
 
 
-def study(config: str, names: Sequence[str], num_seeds: int, processes: int) -> Iterator[str]:
-    """The rows of a Markdown table; each run is one of some processes, which share the cores."""
-    milliseconds, sizes = time_steps(names, config)
-    yield f"| {config} | parameters | ms/step | loss at the same step | steps in the same time | loss after these |"
+def study(flags: Sequence[str], names: Sequence[str], num_seeds: int, processes: int) -> Iterator[str]:
+    """The rows of a Markdown table; so many runs at a time share the cores."""
+    milliseconds, sizes = time_steps(names, flags)
+    yield "| architecture | parameters | ms/step | loss at the same step | steps in the same time | loss after these |"
     yield "|---|---|---|---|---|---|"
     with ThreadPoolExecutor(processes) as pool:
 
         def begin(name: str, num_steps: int | None) -> list[Future[tuple[float, int]]]:
-            return [pool.submit(train, name, config, seed, num_steps) for seed in range(num_seeds)]
+            return [pool.submit(train, name, flags, seed, num_steps) for seed in range(num_seeds)]
 
         at_step = {name: begin(name, None) for name in names}
         _, num_steps = at_step[names[0]][0].result()
@@ -138,14 +138,13 @@ def _mean(runs: Sequence[Future[tuple[float, int]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="configs/default.yaml")
+    parser = argparse.ArgumentParser(description=__doc__, epilog="Others: those of train.py.", allow_abbrev=False)
     parser.add_argument("--architectures", nargs="+", default=get_args(NAMES), help="the first is compared with")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, for which the cores are shared out")
-    arguments = parser.parse_args()
+    arguments, flags = parser.parse_known_args()
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.processes))
-    for row in study(arguments.config, arguments.architectures, arguments.seeds, arguments.processes):
+    for row in study(flags, arguments.architectures, arguments.seeds, arguments.processes):
         print(row, flush=True)
 
 

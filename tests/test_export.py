@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_FLAGS, UNSHOWN, likeliest, slow_after_first, small_model
+from conftest import ROOT, SMALL_FLAGS, UNSHOWN, likeliest, llama_folder, slow_after_first, small_model
 
 from slm.data.tokenizer import ByteTokenizer, train_bpe
 from slm.export import main
@@ -426,23 +427,10 @@ def test_a_gpt2_with_sizes_that_do_not_fit_is_refused(
     assert message in refuse(capsys, "--from_hf=gpt2", "--output=new.pt")
 
 
-def llama_folder(**changes: Any) -> Any:
-    """A small model in the shape of SmolLM2 in the folder `llama`: a third as many heads of keys and values, tied."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=36, intermediate_size=48, num_hidden_layers=2, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=24, rope_theta=100_000.0, rms_norm_eps=1e-5,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).to(changes.pop("dtype", torch.float32)).eval()
-    model.save_pretrained("llama", **changes)
-    return model
-
-
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "10KB"}], ids=["one file", "several"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_llama_of_others_computes_the_same_here(dtype: torch.dtype, shards: Any, workdir: Path) -> None:
-    theirs = llama_folder(dtype=dtype, **shards).float()
+    theirs = llama_folder("llama", dtype=dtype, **shards).float()
     assert len([*Path("llama").glob("*.safetensors")]) > bool(shards)
     main(["--from_hf=llama", "--output=llama.pt"])
     ours, tokens = load("llama.pt"), torch.randint(40, (2, 24))
@@ -469,12 +457,12 @@ def test_a_llama_of_others_computes_the_same_here(dtype: torch.dtype, shards: An
 def test_a_llama_that_is_another_network_is_refused(
     changes: dict[str, Any], message: str, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change_config(llama_folder, changes)
+    change_config(partial(llama_folder, "llama"), changes)
     assert message in refuse(capsys, "--from_hf=llama", "--output=new.pt")
 
 
 def test_a_config_of_an_older_version_says_how_slowly_rotary_positions_turn(workdir: Path) -> None:
-    theirs = llama_folder()
+    theirs = llama_folder("llama")
     config = Path("llama/config.json")
     told = json.loads(config.read_text())
     told.pop("rope_parameters", None)
@@ -485,7 +473,7 @@ def test_a_config_of_an_older_version_says_how_slowly_rotary_positions_turn(work
 
 
 def test_a_shard_that_is_missing_is_named(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    llama_folder(max_shard_size="10KB")
+    llama_folder("llama", max_shard_size="10KB")
     shard = sorted(Path("llama").glob("*.safetensors"))[0]
     shard.unlink()
     message = refuse(capsys, "--from_hf=llama", "--output=new.pt")
@@ -495,12 +483,7 @@ def test_a_shard_that_is_missing_is_named(workdir: Path, capsys: pytest.CaptureF
 
 @pytest.mark.slow
 def test_a_llama_of_others_is_trained_further_on_shorter_windows_of_ones_own_text(slm: Run) -> None:
-    llama_folder()
-    library = pytest.importorskip("tokenizers")
-    words = {"<|endoftext|>": 0} | {word: index for index, word in enumerate({*README.split()}, start=1)}
-    plain = library.Tokenizer(library.models.WordLevel({w: i for w, i in words.items() if i < 40}, "<|endoftext|>"))
-    plain.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
-    plain.save("llama/tokenizer.json")
+    llama_folder("llama")
     main(["--from_hf=llama", "--output=llama.pt"])
     Path("text.txt").write_text(README)
     flags = [*UNSHOWN, "--data.path=text.txt", "--model.max_seq_len=12", "--trainer.max_steps=2"]

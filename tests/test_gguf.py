@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, small_model
+from conftest import ROOT, cutting_digits, small_model
 
 from slm.data.tokenizer import load_tokenizer, train_bpe
 from slm.export import main
@@ -28,18 +28,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def digits_cut(bpe: str) -> str:
-    """The same tokenizer cutting as SmolLM2's does: every digit is a word of its own."""
-    library = pytest.importorskip("tokenizers")
-    tokenizer, pre = library.Tokenizer.from_str(bpe), library.pre_tokenizers
-    tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
-    tokenizer.add_tokens(["Katze"])
-    return str(tokenizer.to_str())
-
-
 def dumped(kind: str) -> str:
     bpe = "bytes" if kind == "bytes" else train_bpe(iter([README, "1234 12345 99 Katze Привет мир " * 9]), 600).dump()
-    return digits_cut(bpe) if kind == "digits" else bpe
+    return cutting_digits(bpe) if kind == "digits" else bpe
 
 
 def save(path: str, tokenizer: str | None, **options: Any) -> LanguageModel:

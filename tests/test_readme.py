@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT, llama_folder, run_command
 
 import slm as package
 from slm import export, generate, runs
@@ -24,6 +24,8 @@ MY_MODEL, PYTHON_EXAMPLE = re.findall(r"^```python\n(.*?)^```", README, re.M | r
 STRESS = "python -m tests.stress"
 STRESS_PROCESSES = f"{STRESS} --processes 2"
 PROCESSES_COST = "python -m tests.processes_cost"
+FAMILIES = "python -m tests.families --config configs/text.yaml"
+[DOWNLOAD] = [line for line in OTHER if line.startswith("hf download ")]
 [TORCHRUN] = [line for line in OTHER if line.startswith("torchrun ")]
 BENCHMARK = "python -m slm.benchmark"
 RECIPE = f"{BENCHMARK} --config configs/small_text.yaml"
@@ -54,7 +56,18 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
     assert len(run_in_order) >= 6
     left = [line for line in OTHER[2:] if line not in run_in_order]
     of_processes = [TORCHRUN, STRESS_PROCESSES, PROCESSES_COST]
-    assert left == [ENTROPIES, STRESS, *of_processes, GENERATE_BENCHMARK, BENCHMARK, RECIPE, *SWEEPS]
+    assert left == [
+        ENTROPIES,
+        FAMILIES,
+        STRESS,
+        *of_processes,
+        GENERATE_BENCHMARK,
+        DOWNLOAD,
+        BENCHMARK,
+        RECIPE,
+        *SWEEPS,
+    ]
+    assert DOWNLOAD.endswith("  # needs a network")
 
 
 def test_it_is_short_enough_to_be_read() -> None:
@@ -101,6 +114,7 @@ def test_the_commands_run_one_after_another(
     monkeypatch.syspath_prepend(str(workdir))  # as Python does for the folder of `train.py`
     for name in ("configs", "slm"):
         (workdir / name).symlink_to(ROOT / name)
+    llama_folder("smollm2")  # as if it was downloaded
     first = SETUP[0].partition("train.py ")[2]
     main([*shlex.split(first), *SHORTER, *SMALLER])
     for line in COMMANDS:
@@ -122,7 +136,7 @@ def test_the_commands_run_one_after_another(
         is_long = any(f"configs/{name}.yaml" in argv for name in RECIPES)
         shorter = [*SHORTER, *(["--trainer.max_steps=2", "--trainer.val_check_interval=1"] if is_long else [])]
         main([*argv, *([] if evaluates else shorter), *([] if resumes else SMALLER)])
-    assert {path.name for path in Path("runs").iterdir()} == {f"version_{number}" for number in range(13)}
+    assert {path.name for path in Path("runs").iterdir()} == {f"version_{number}" for number in range(14)}
     assert Path("exported/model.safetensors").is_file()
     tensorboard = shlex.split(OTHER[1])
     result = run_command("-m", "tensorboard.main", *tensorboard[1:], "--inspect", cwd=workdir)
@@ -148,6 +162,16 @@ def test_runs_are_stopped_and_resumed_with_the_same_bits_as_the_table_of_the_com
     survived = sum(int(tried) for name, tried, *_ in stated if "must differ" not in name)
     assert f"has {survived} stops and faults, each survived with equal bits" in " ".join(README.split())
     assert {name for name, *_ in rows} <= {name for name, *_ in stated}
+
+
+@pytest.mark.slow
+def test_the_families_are_compared_at_the_same_step_and_in_the_same_time() -> None:
+    flags = ["--seeds=1", "--trainer.max_steps=2", "--trainer.val_check_interval=1", *SHORTER[1:], *SMALLER]
+    result = run_command(*shlex.split(FAMILIES)[1:], "--architectures", "gpt2", "llama", *flags, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    number = r"\d+\.\d+"
+    row = rf"^\| (\w+) \| [\d,]+ \| {number} \| {number} \({number} to {number}\) \| \d+ \| {number} .+\|$"
+    assert re.findall(row, result.stdout, re.M) == ["gpt2", "llama"]
 
 
 @pytest.mark.slow

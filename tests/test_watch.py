@@ -22,6 +22,7 @@ from torch import nn
 from slm.data.text_stream import Numbers
 from slm.data.tokenizer import ByteTokenizer
 from slm.errors import InputError
+from slm.formats.hugging_face import as_transformers
 from slm.model.transformer import Block
 from slm.watch import tensorboard as watch
 from slm.watch.pictures import attention_figure, loss_figure
@@ -143,6 +144,20 @@ def test_attention_is_that_of_the_network() -> None:
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 6))
         assert weights.triu(1).abs().max() == 0
         x = block(x[None])[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"architecture": "llama", "num_heads": 4, "num_kv_heads": 2}])
+def test_attention_is_what_hugging_face_computes(options: dict[str, Any]) -> None:
+    pytest.importorskip("transformers")
+    model = small_model(num_layers=2, **options).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    theirs = as_transformers(model, None)
+    theirs.set_attn_implementation("eager")
+    tokens = torch.arange(6)
+    expected = theirs(tokens[None], output_attentions=True).attentions
+    for ours, other in zip(attention(model.transformer, tokens), expected, strict=True):
+        torch.testing.assert_close(ours, other[0], atol=1e-5, rtol=1e-4)
 
 
 def test_attention_is_found_in_any_network_that_has_it() -> None:

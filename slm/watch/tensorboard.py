@@ -194,7 +194,7 @@ def attention(transformer: nn.Module, tokens: Tensor) -> list[Tensor]:
     weights = []
 
     def note(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        q, k, _ = layer.heads(*inputs)  # type: ignore[operator]
+        q, k, _ = layer.heads(inputs[0])  # type: ignore[operator]
         weights.append(causal_weights(q, k)[0].float())
 
     modes = {module: module.training for module in transformer.modules()}
