@@ -40,6 +40,12 @@ FLAGS = [
     "--data.batch_size=8",
 ]
 
+TRAINED = {
+    "adamw": "optimizer=adamw",
+    "llama": "optimizer=muon architecture=llama embed_dim=18 num_kv_heads=1 tie_embeddings=false",
+    "sgd": "optimizer=sgd",
+}
+
 
 def on_two(*flags: str, cwd: Path = Path()) -> str:
     """What a command prints that trains on two processes."""
@@ -75,10 +81,10 @@ def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
         torch.testing.assert_close(tensor, second[name], rtol=0, atol=1e-10, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("optimizer", slow_after_first(["adamw", "muon", "sgd"]))
-def test_two_processes_with_a_shard_each_train_as_one_does(workdir: Path, optimizer: str) -> None:
+@pytest.mark.parametrize("case", slow_after_first(TRAINED))
+def test_two_processes_with_a_shard_each_train_as_one_does(workdir: Path, case: str) -> None:
     """With clipping, accumulation, and an epoch's end in the middle of a step."""
-    flags = [*FLAGS, f"--model.optimizer={optimizer}"]
+    flags = [*FLAGS, *(f"--model.{option}" for option in TRAINED[case].split())]
     output = on_two(*flags, cwd=Path("two"))
     assert "samples, attention and embedding are not shown of a sharded model" in output
     assert re.search(r"^val/loss +\d", output, re.M)
