@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -31,6 +31,8 @@ from slm.training.optimizers import build_optimizer, stepped_by
 
 NAMES = Literal["gpt2", "rotary", "rms_norm", "swiglu", "no_bias", "llama"]
 ROUNDS, STEPS = 7, 5
+VALIDATIONS = 5
+"""Of a run of another number of steps, the last of them at its end."""
 
 
 class MixedTransformer(Transformer):
@@ -62,17 +64,17 @@ def flags_of(name: str, flags: Sequence[str]) -> list[str]:
     return [*flags, *model]
 
 
-def time_steps(names: Sequence[str], flags: Sequence[str]) -> tuple[dict[str, float], dict[str, int]]:
+def time_steps(flags: Mapping[str, Sequence[str]]) -> tuple[dict[str, float], dict[str, int]]:
     """Milliseconds of a training step of each model, the median of rounds in which all take turns; and its size."""
     loops, sizes = {}, {}
-    for name in names:
-        command = read_command(flags_of(name, flags))
+    for name in flags:
+        command = read_command(flags[name])
         model = command.new_model()
         data = command.new_data(model)
         data.setup()
         loops[name] = _steps(model, data)
         sizes[name] = sum(parameter.numel() for parameter in model.transformer.parameters())
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in flags}
     for _ in range(ROUNDS + 1):
         for name, loop in loops.items():
             start = time.perf_counter()
@@ -96,12 +98,13 @@ def _steps(model: LanguageModel, data: Any) -> Iterator[None]:
             yield
 
 
-def train(name: str, flags: Sequence[str], seed: int, num_steps: int | None) -> tuple[float, int]:
+def train(flags: Sequence[str], seed: int, num_steps: int | None) -> tuple[float, int]:
     """The best validation loss of a run, and its steps."""
-    argv = [*flags_of(name, flags), f"--seed_everything={seed}", "--trainer.enable_progress_bar=false"]
+    argv = [*flags, f"--seed_everything={seed}", "--trainer.enable_progress_bar=false"]
     argv += [f"--watch.{part}=false" for part in ("samples", "attention", "embedding", "loss_figure")]
     if num_steps is not None:
         argv += ["--trainer.max_epochs=-1", f"--trainer.max_steps={num_steps}"]
+        argv += ["--trainer.check_val_every_n_epoch=null", f"--trainer.val_check_interval={num_steps // VALIDATIONS}"]
     with tempfile.TemporaryDirectory() as folder:
         argv += [f"--trainer.default_root_dir={folder}"]
         done = subprocess.run([sys.executable, "train.py", *argv], stdout=subprocess.PIPE, text=True, check=True)
@@ -114,21 +117,26 @@ def train(name: str, flags: Sequence[str], seed: int, num_steps: int | None) -> 
 
 def study(flags: Sequence[str], names: Sequence[str], num_seeds: int, processes: int) -> Iterator[str]:
     """The rows of a Markdown table; so many runs at a time share the cores."""
-    milliseconds, sizes = time_steps(names, flags)
+    of_each = {name: flags_of(name, flags) for name in names}
+    milliseconds, sizes = time_steps(of_each)
     yield "| architecture | parameters | ms/step | loss at the same step | steps in the same time | loss after these |"
     yield "|---|---|---|---|---|---|"
     with ThreadPoolExecutor(processes) as pool:
 
         def begin(name: str, num_steps: int | None) -> list[Future[tuple[float, int]]]:
-            return [pool.submit(train, name, flags, seed, num_steps) for seed in range(num_seeds)]
+            return [pool.submit(train, of_each[name], seed, num_steps) for seed in range(num_seeds)]
 
         at_step = {name: begin(name, None) for name in names}
         _, num_steps = at_step[names[0]][0].result()
-        fits = {name: round(num_steps * milliseconds[names[0]] / milliseconds[name]) for name in names}
+        fits = {name: _rounded(num_steps * milliseconds[names[0]] / milliseconds[name]) for name in names}
         at_time = {name: begin(name, fits[name]) if fits[name] != num_steps else at_step[name] for name in names}
         for name in names:
             cells = [f"{sizes[name]:,}", f"{milliseconds[name]:.1f}", _mean(at_step[name]), f"{fits[name]:,}"]
             yield f"| {name} | {' | '.join([*cells, _mean(at_time[name])])} |"
+
+
+def _rounded(num_steps: float) -> int:
+    return max(1, round(num_steps / VALIDATIONS)) * VALIDATIONS
 
 
 def _mean(runs: Sequence[Future[tuple[float, int]]]) -> str:
