@@ -231,7 +231,9 @@ def table(contestants: Mapping[str, Contestant], facts: Mapping[str, Any], rates
     yield "|---|---|---|---|---|---|"
     for name, contestant in contestants.items():
         low, median, high = statistics.quantiles(contestant.milliseconds, n=4, method="inclusive")
-        products = flops + (facts["optimizer_flops"] if name in (OURS, BARE) else 0)
+        products = flops + facts["optimizer_flops"] if name in (OURS, BARE) else flops
+        if name == TEACHING:
+            products = flops_per_step({**sizes, "architecture": "gpt2", "num_kv_heads": None})
         share = products / (median / 1e3) / rate
         yield (
             f"| {name} | {median:.1f} ({low:.1f} to {high:.1f}) | {tokens / median * 1e3:,.0f} | {share:.0%} "

@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary.is_file():
+        with contextlib.suppress(OSError):
             temporary.unlink()
         if not isinstance(error, OSError):
             raise

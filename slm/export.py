@@ -55,7 +55,7 @@ def write_folder(ckpt_path: str, output: Path) -> None:
             there.
     """
     import_transformers()
-    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    is_free = not os.path.exists(output) or (output.is_dir() and not any(output.iterdir()))
     check(is_free, f"output={output} is there and no empty folder: give another name, or remove it")
     path, content = open_checkpoint(ckpt_path, prefer="best")
     model = restore(path, content)
@@ -130,12 +130,16 @@ def write_file(ckpt_path: str, output: Path) -> None:
         InputError: there is no such checkpoint, llama.cpp knows no such network or tokenizer, the file is there or
             cannot be written, or the package `gguf` is not there.
     """
-    check(not output.exists(), f"output={output} is there already: give another name, or remove it")
-    check(output.suffix == ".gguf", f"output={output} must end in .gguf")
+    _check_new(output, ".gguf")
     import_gguf()
     path, content = open_checkpoint(ckpt_path, prefer="best")
     write_gguf(restore(path, content), content.get("tokenizer"), output)
     say(f"{path} is exported to {output}")
+
+
+def _check_new(output: Path, suffix: str) -> None:
+    check(not os.path.exists(output), f"output={output} is there already: give another name, or remove it")
+    check(output.suffix == suffix, f"output={output} must end in {suffix}")
 
 
 def import_folder(from_hf: Path, output: Path) -> None:
@@ -145,8 +149,7 @@ def import_folder(from_hf: Path, output: Path) -> None:
         InputError: there is no such folder, what it holds is not a network of this project, or the file is there.
     """
     check(from_hf.is_dir(), f"from_hf={from_hf} is no folder: give one with config.json and weights")
-    check(not output.exists(), f"output={output} is there already: give another name, or remove it")
-    check(output.suffix == ".pt", f"output={output} must end in .pt")
+    _check_new(output, ".pt")
     hparams, state = read_transformers(from_hf)
     tokenizer = dumped_tokenizer(from_hf, hparams["vocab_size"])
     content = {"hyper_parameters": hparams, "state_dict": state, "tokenizer": tokenizer}

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import likeliest, small_model
 from torch import Tensor
 
@@ -49,7 +48,7 @@ def test_greedy_tokens_and_logits_are_those_of_the_network_without_a_cache(max_s
 
 
 @pytest.mark.parametrize("max_seq_len", [16, 20, 1])
-def test_rotary_positions_forget_the_oldest_eighth_and_read_nothing_again(
+def test_rotary_positions_forget_an_eighth_but_never_the_first_four_and_read_nothing_again(
     max_seq_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"architecture": "llama", "num_layers": 2, "num_kv_heads": 1}
@@ -66,18 +65,22 @@ def test_rotary_positions_forget_the_oldest_eighth_and_read_nothing_again(
     start = torch.randint(20, (1, min(5, max_seq_len)))
     written = torch.cat([start[0], *islice(decode(short, start, choose), 60 - start.shape[1])])
     attended, num_forgotten, in_cache = torch.ones(60, 60, dtype=torch.bool).tril(), max(1, max_seq_len // 8), 0
-    oldest = 0
+    kept = 4 if max_seq_len > 4 else 0
+    oldest, shifts = kept, []
     for position in range(60):
         if in_cache == max_seq_len:
             oldest, in_cache = oldest + num_forgotten, in_cache - num_forgotten
-        attended[position, :oldest] = False
+        attended[position, kept:oldest] = False
+        shifts.append(oldest - kept)
         in_cache += 1
 
     def masked(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attended, enable_gqa=True)
+        nearer = [long.rotary.turned_back(q[:, :, t : t + 1], by) for t, by in enumerate(shifts)]  # to the first four
+        scores = torch.cat([torch.cat(nearer, 2) @ k[..., :kept, :].mT, q @ k[..., kept:, :].mT], -1)
+        return (scores * q.shape[-1] ** -0.5).masked_fill(~attended, -torch.inf).softmax(-1) @ v
 
     monkeypatch.setattr("slm.model.transformer.causal_attention", masked)
-    expected = long.logits(long(written[None]))[0]  # at its own positions, under a mask of what was forgotten
+    expected = long.logits(long(written[None]))[0]  # under a mask of what was forgotten
     torch.testing.assert_close(torch.stack(seen), expected[start.shape[1] - 1 : -1], atol=1e-4, rtol=0)
 
 

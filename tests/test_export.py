@@ -413,7 +413,7 @@ def test_the_masks_that_older_versions_kept_are_no_weights(kind: str, prefix: st
     [
         ("n_embd", 32, "of shape (48,), but by its config.json that is (96,)"),
         ("n_layer", 3, "gpt2 has no weights for transformer.h.2."),
-        ("n_layer", 1, "gpt2 has weights that its config.json does not tell of: transformer.h.1."),
+        ("n_layer", 1, "gpt2 has weights that its config.json does not mention: transformer.h.1."),
         ("n_inner", 32, "of shape (64,), but by its config.json that is (32,)"),
         ("model_type", "mistral", "gpt2 has model_type=mistral: the networks here are gpt2 and llama"),
         ("model_type", "llama", "config.json does not say hidden_size, num_attention_heads, num_hidden_layers"),

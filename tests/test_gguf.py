@@ -1,5 +1,7 @@
 """What is exported for llama.cpp computes the same there: in `transformers`, which reads GGUF too, and in itself."""
 
+import errno
+import json
 import sys
 from array import array
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from conftest import ROOT, cutting_digits, small_model
 
 from slm.data.tokenizer import load_tokenizer, train_bpe
 from slm.export import main
+from slm.formats.gguf import LLAMA_3_PATTERN
 from slm.model.sampling import Sampler, decode
 from slm.training.language_model import LanguageModel
 
@@ -28,8 +31,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": False}
+SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA_3_PATTERN}, "behavior": "Isolated", "invert": False}
+LLAMA_3 = {"type": "Sequence", "pretokenizers": [SPLIT, {**BYTE_LEVEL, "use_regex": False}]}
+
+
 def dumped(kind: str) -> str:
     bpe = "bytes" if kind == "bytes" else train_bpe(iter([README, "1234 12345 99 Katze Привет мир " * 9]), 600).dump()
+    if kind == "llama 3":
+        settings = json.loads(bpe)
+        settings["model"]["ignore_merges"] = True
+        return json.dumps({**settings, "pre_tokenizer": LLAMA_3})
     return cutting_digits(bpe) if kind == "digits" else bpe
 
 
@@ -68,7 +81,7 @@ def test_transformers_reads_the_same_network(family: str, workdir: Path) -> None
 
 @pytest.mark.llama
 @pytest.mark.slow
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe", "digits"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe", "digits", "llama 3"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_reads_the_same_network_and_tokenizer(family: str, tokenizer: str, workdir: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
@@ -95,6 +108,46 @@ def test_llama_cpp_reads_the_same_network_and_tokenizer(family: str, tokenizer: 
         theirs.close()
 
 
+def test_the_file_says_what_the_model_is_and_where_its_texts_end(workdir: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    model = save("model.pt", dumped("digits"), **FAMILIES["llama, grouped"])
+    main(["--ckpt_path=model.pt", "--format=gguf", "--output=model.gguf"])
+    reader = gguf.GGUFReader("model.gguf")
+    found = {name.removeprefix("tokenizer.ggml."): field.contents() for name, field in reader.fields.items()}
+    expected = {
+        "general.architecture": "llama", "general.file_type": 0, "llama.block_count": 2, "llama.context_length": 256,
+        "llama.embedding_length": 32, "llama.feed_forward_length": 128, "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2, "llama.rope.dimension_count": 8, "llama.rope.freq_base": 500.0,
+        "llama.vocab_size": 640, "model": "gpt2", "pre": "smollm", "add_bos_token": False,
+        "eos_token_id": load_tokenizer(dumped("digits")).end_of_text,
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+    kinds = dict(zip(found["tokens"], found["token_type"], strict=True))
+    assert (kinds["<|endoftext|>"], kinds["Katze"], kinds["a"], kinds["[unused 639]"]) == (3, 4, 1, 5)
+    assert {*reader.tensors[0].shape} == {32, 640}
+    assert len(reader.tensors) == 2 + 2 * 9
+    assert sum(int(tensor.n_elements) for tensor in reader.tensors) == sum(
+        parameter.numel() for parameter in model.transformer.parameters()
+    )
+
+
+def test_a_file_that_cannot_be_written_whole_is_not_there(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gguf = pytest.importorskip("gguf")
+
+    def full(self: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    save("model.pt", "bytes")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--format=gguf", "--ckpt_path=model.pt", "--output=new.gguf"])
+    assert exit_info.value.code != 0
+    assert "new.gguf cannot be written: No space left on device" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["model.pt"]
+
+
 def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit) as exit_info:
@@ -105,10 +158,20 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return line
 
 
-def metaspace(bpe: str) -> str:
+def changed(**settings: Any) -> str:
+    """A tokenizer that differs from one of ours in some settings of its JSON."""
+    return json.dumps({**json.loads(dumped("bpe")), **settings})
+
+
+def words() -> str:
     library = pytest.importorskip("tokenizers")
-    tokenizer = library.Tokenizer.from_str(bpe)
-    tokenizer.pre_tokenizer = library.pre_tokenizers.Metaspace()
+    return str(library.Tokenizer(library.models.WordLevel({"<eos>": 0, "a": 1}, "a")).to_str())
+
+
+def with_added(**places: bool) -> str:
+    library = pytest.importorskip("tokenizers")
+    tokenizer = library.Tokenizer.from_str(dumped("bpe"))
+    tokenizer.add_tokens([library.AddedToken("Katze", **places)])
     return str(tokenizer.to_str())
 
 
@@ -117,11 +180,22 @@ def metaspace(bpe: str) -> str:
     [
         (lambda: None, {}, "llama.cpp reads text, but this model has the numbers of tokens: train it on a text"),
         (lambda: "bytes", {"num_kv_heads": 2}, "the format gguf has no GPT-2 with num_kv_heads=2: export one whose"),
+        (words, {}, "the tokenizer is WordLevel with the decoder None: llama.cpp is known here to read byte-level BPE"),
+        (lambda: changed(decoder=None), {}, "the tokenizer is BPE with the decoder None: llama.cpp is known"),
         (
-            lambda: metaspace(dumped("bpe")),
+            lambda: changed(normalizer={"type": "NFC"}),
             {},
-            "the tokenizer, BPE that cuts by Metaspace, has no counterpart in llama",
+            "the tokenizer changes texts by NFC before it cuts them: llama",
         ),
+        (lambda: changed(pre_tokenizer=None), {}, "the tokenizer cuts texts by None: llama.cpp is known here to read"),
+        (lambda: changed(pre_tokenizer={**BYTE_LEVEL, "add_prefix_space": True}), {}, "cuts texts by ByteLevel: llama"),
+        (lambda: changed(pre_tokenizer={**BYTE_LEVEL, "use_regex": False}), {}, "cuts texts by nothing: llama.cpp"),
+        (lambda: changed(pre_tokenizer=DIGITS), {}, "the tokenizer cuts texts by Digits: llama.cpp"),
+        (lambda: changed(pre_tokenizer=LLAMA_3), {}, "the tokenizer has ignore_merges=False: llama.cpp is known here"),
+        (lambda: with_added(lstrip=True), {}, "finds 'Katze' by its surroundings, which llama.cpp does not"),
+        (lambda: with_added(rstrip=True), {}, "finds 'Katze' by its surroundings, which llama.cpp does not"),
+        (lambda: with_added(single_word=True), {}, "finds 'Katze' by its surroundings, which llama.cpp does not"),
+        (lambda: dumped("bpe"), {"vocab_size": 300}, "the tokenizer has 600 ids, but the model vocab_size=300"),
     ],
 )
 def test_what_llama_cpp_does_not_have_is_refused(

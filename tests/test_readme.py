@@ -57,8 +57,8 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
     left = [line for line in OTHER[2:] if line not in run_in_order]
     of_processes = [TORCHRUN, STRESS_PROCESSES, PROCESSES_COST]
     assert left == [
-        ENTROPIES,
         FAMILIES,
+        ENTROPIES,
         STRESS,
         *of_processes,
         GENERATE_BENCHMARK,

@@ -173,7 +173,7 @@ def read_command(argv: Sequence[str], processes: Processes | None = None) -> Com
 
     is_other_data_meant = bool(settings.allow_changed_data)
     if start.is_new_run:
-        _keep_shapes(settings, start, model_class, asked.flags)
+        _keep_shapes(settings, start, model_class, asked)
     elif start.settings:
         if start.content:
             check_applicable(start.content["hyper_parameters"], dict(settings.model), model_class)
@@ -353,16 +353,16 @@ def _begin_with(init_from: str, runs: Path) -> Start:
     return Start(path, content, settings=settings, is_new_run=True)
 
 
-def _keep_shapes(settings: Namespace, start: Start, model_class: type[LanguageModel], flags: Sequence[str]) -> None:
+def _keep_shapes(settings: Namespace, start: Start, model_class: type[LanguageModel], command: _Asked) -> None:
     """Give the model the options that its first weights depend on; raises InputError where a flag asks for others."""
     assert start.path is not None
     settings.init_from = str(start.path.absolute())
     stored, defaults = start.content["hyper_parameters"], model_class.network_options()
-    tied = model_class.network.options_of_weights({**defaults, **stored})
+    may_change = model_class.network.options_open_to_a_new_run({**defaults, **stored})
     for name in sorted(model_class.fixed_options()):
         has, asked = stored.get(name, defaults[name]), settings.model[name]
-        by_flag = _look_for([f"--model.{name}"], flags)[0][f"model.{name}"]
-        if name not in tied and (by_flag or asked != defaults[name]):
+        by_flag = _look_for([f"--model.{name}"], command.flags)[0][f"model.{name}"]
+        if name in may_change and (by_flag or _found(command.files, "model", name)):
             continue
         check(
             asked == has or not by_flag,

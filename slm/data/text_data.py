@@ -94,7 +94,8 @@ class TextData(TokenData):
             remedy = f"use --model.vocab_size {tokenizer.vocab_size}"
             message = f"data.tokenizer={asked}: {has} {tokenizer.vocab_size} ids, vocab_size={vocab_size}: {remedy}"
             check(fewer, message)
-            say(f"{message}, since the others are never seen")
+            if self._continued is None:  # else the weights have that many
+                say(f"{message}, since the others are never seen")
         self._tokenizer = tokenizer
         tokens, self.facts = self._read(self._train)
         if tokenizer is not None:

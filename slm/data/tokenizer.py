@@ -126,7 +126,10 @@ class SubwordTokenizer:
             and (settings.get("decoder") or {}).get("type") == "ByteLevel"
             and steps[-1].get("type") == "ByteLevel"
             and not steps[-1]["add_prefix_space"]
-            and all(step.get("type") == "Split" and step["behavior"] == "Isolated" for step in steps[:-1])
+            and all(
+                step.get("type") == "Digits" or (step.get("type") == "Split" and step["behavior"] == "Isolated")
+                for step in steps[:-1]
+            )
             and set(import_tokenizers().pre_tokenizers.ByteLevel.alphabet()) <= self._tokenizer.get_vocab().keys()
         )
 

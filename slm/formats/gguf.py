@@ -58,6 +58,7 @@ WAYS_OF_CUTTING = {
     (LLAMA_3_PATTERN,): "llama-bpe",
 }
 """How a tokenizer cuts a text into the words that it then merges in, and what llama.cpp calls that."""
+REMEDY = "llama.cpp is known here to read byte-level BPE that cuts as GPT-2, SmolLM2 or Llama 3 does"
 NO_MERGES = [f"{END_OF_TEXT} {END_OF_TEXT}"]
 """One that no text ever needs: llama.cpp takes no tokenizer without any."""
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -128,22 +129,26 @@ def _interleaved(weights: Tensor, num_heads: int) -> Tensor:
 def _vocabulary(dumped: str | None, vocab_size: int) -> dict[str, Any]:
     """What the writer adds for a tokenizer, by the names of its methods; raises InputError where llama.cpp has none."""
     check(dumped is not None, "llama.cpp reads text, but this model has the numbers of tokens: train it on a text")
+    assert dumped is not None
     library, closing = library_tokenizer(dumped, vocab_size)
-    assert closing is not None
     settings = json.loads(library.to_str())
-    model = settings["model"]
+    vocabulary = library.get_vocab()
+    num_ids = max(vocabulary.values()) + 1
+    check(num_ids <= vocab_size, f"the tokenizer has {num_ids} ids, but the model vocab_size={vocab_size}")
     tokens = [f"[unused {index}]" for index in range(vocab_size)]
     types = [UNUSED] * vocab_size
-    for token, index in library.get_vocab().items():
+    for token, index in vocabulary.items():
         tokens[index], types[index] = token, NORMAL
     for token in settings["added_tokens"]:
         types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
-    end_of_text = tokens.index(closing)
+        is_plain = token["special"] or not (token["lstrip"] or token["rstrip"] or token["single_word"])
+        check(is_plain, f"the tokenizer finds {token['content']!r} by its surroundings, which llama.cpp does not")
+    end_of_text = vocabulary[closing]
     types[end_of_text] = CONTROL
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in settings["model"].get("merges", [])]
     return {
         "tokenizer_model": "gpt2",
-        "tokenizer_pre": _way_of_cutting(settings) if merges else "gpt-2",
+        "tokenizer_pre": "gpt-2" if dumped == "bytes" else _way_of_cutting(settings),
         "token_list": tokens,
         "token_types": types,
         "token_merges": merges or NO_MERGES,
@@ -155,7 +160,12 @@ def _vocabulary(dumped: str | None, vocab_size: int) -> dict[str, Any]:
 
 def _way_of_cutting(settings: Mapping[str, Any]) -> str:
     """What llama.cpp calls the way in which a tokenizer cuts a text; raises InputError where it has no name for it."""
-    pre, model = settings["pre_tokenizer"] or {}, settings["model"]
+    model, decoder = settings["model"], (settings["decoder"] or {}).get("type")
+    is_byte_level = model["type"] == "BPE" and decoder == "ByteLevel"
+    check(is_byte_level, f"the tokenizer is {model['type']} with the decoder {decoder}: {REMEDY}")
+    normalizer = (settings["normalizer"] or {}).get("type")
+    check(normalizer is None, f"the tokenizer changes texts by {normalizer} before it cuts them: {REMEDY}")
+    pre = settings["pre_tokenizer"] or {}
     cuts = []
     for step in pre.get("pretokenizers", [pre]):
         kind = step.get("type")
@@ -167,13 +177,9 @@ def _way_of_cutting(settings: Mapping[str, Any]) -> str:
             cuts.append(step["pattern"].get("Regex", ""))
         else:
             cuts.append(f"{kind}")
-    is_byte_level = (settings["decoder"] or {}).get("type") == "ByteLevel" and settings["normalizer"] is None
     name = WAYS_OF_CUTTING.get(tuple(cuts))
-    ignores = model.get("ignore_merges", False) == (name == "llama-bpe")
-    check(
-        name is not None and is_byte_level and ignores,
-        f"the tokenizer, {model['type']} that cuts by {' and then '.join(cuts)}, has no counterpart in llama.cpp: "
-        "byte-level BPE that cuts as GPT-2, SmolLM2 or Llama 3 does has one",
-    )
+    check(name is not None, f"the tokenizer cuts texts by {' and then '.join(cuts) or 'nothing'}: {REMEDY}")
     assert name is not None
+    ignores = model.get("ignore_merges", False)
+    check(ignores == (name == "llama-bpe"), f"the tokenizer has ignore_merges={ignores}: {REMEDY}")
     return name

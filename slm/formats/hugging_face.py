@@ -55,7 +55,7 @@ FAMILIES = {
                 "final_norm": "transformer.ln_f",
                 "output": "lm_head",
             },
-            is_turned=True,
+            is_transposed=True,
         ),
         options={
             "vocab_size": "vocab_size",
@@ -193,6 +193,7 @@ def read_transformers(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     try:
         config = json.loads((folder / "config.json").read_bytes())
+        check(isinstance(config, dict), f"{folder}/config.json holds no object: give the config of a model")
         options = _options(folder, config)
         try:
             with torch.device("meta"):  # its shapes alone
@@ -217,23 +218,35 @@ def _options(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     told = {**family.defaults, **config}
     for name in ("rope_scaling", "rope_parameters"):
         rope = config.get(name) or {}
-        is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-        is_whole = rope.get("partial_rotary_factor", 1.0) == 1.0
-        check(is_plain and is_whole, f"{folder} has {name}={rope}: the network here has plain rotary positions")
+        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+        others = {key: value for key, value in rope.items() if key != "rope_theta" and value != plain.get(key)}
+        check(not others, f"{folder} has {name}={rope}: the network here has plain rotary positions")
         told["rope_theta"] = rope.get("rope_theta", told.get("rope_theta"))
     missing = [name for name in family.options.values() if name not in told]
     check(not missing, f"{folder}/config.json does not say {', '.join(missing)}: give the config of a whole model")
-    options = {ours: told[theirs] for ours, theirs in family.options.items()}
+    options = {ours: _value(folder, theirs, told[theirs], ours) for ours, theirs in family.options.items()}
     embed_dim, num_heads = options["embed_dim"], options["num_heads"]
     options["hidden_dim"] = options["hidden_dim"] or 4 * embed_dim
     if options.get("num_kv_heads") == num_heads:
         options["num_kv_heads"] = None
     head_dim = config.get("head_dim")
     check(
-        head_dim in (None, embed_dim / num_heads),
+        head_dim is None or head_dim * num_heads == embed_dim,
         f"{folder} has head_dim={head_dim}: the network here has {embed_dim} / {num_heads}, its width for each head",
     )
     return {**options, "architecture": kind}
+
+
+def _value(folder: Path, name: str, value: Any, ours: str) -> Any:
+    """What a config says of an option, as the network here takes it; raises InputError where it is of another type."""
+    if value is None and ours in ("hidden_dim", "num_kv_heads"):
+        return None
+    kind = type(LanguageModel.network_options()[ours])
+    if kind is float and type(value) is int:
+        return float(value)
+    meant = int if kind is type(None) else kind
+    check(type(value) is meant, f"{folder} has {name}={value!r} in its config.json, which is no {meant.__name__}")
+    return value
 
 
 def _read_weights(folder: Path, model: LanguageModel) -> dict[str, Tensor]:
@@ -252,7 +265,7 @@ def _read_weights(folder: Path, model: LanguageModel) -> dict[str, Tensor]:
             state[name if has_prefix else f"{prefix}.{name}"] = weights
     if hparams["tie_embeddings"] and (head := state.pop("lm_head.weight", None)) is not None:
         embedding = str(family.names.layers["token_embedding"])
-        is_tied = torch.equal(head, state.get(f"{embedding}.weight", head[:0]))
+        is_tied = torch.equal(head.float(), state.get(f"{embedding}.weight", head[:0]).float())
         check(
             is_tied,
             f"{folder} has other values in lm_head.weight than in {embedding}.weight, though its config.json has "
@@ -260,7 +273,7 @@ def _read_weights(folder: Path, model: LanguageModel) -> dict[str, Tensor]:
         )
     shapes = family.names.theirs(like, hparams["num_heads"], num_kv_heads_of(hparams))
     untold, missing = sorted(state.keys() - shapes), sorted(shapes.keys() - state)
-    check(not untold, f"{folder} has weights that its config.json does not tell of: {', '.join(untold[:3])}")
+    check(not untold, f"{folder} has weights that its config.json does not mention: {', '.join(untold[:3])}")
     check(not missing, f"{folder} has no weights for {', '.join(missing[:3])}{' and more' if missing[3:] else ''}")
     for name, weights in state.items():
         shape, meant = tuple(weights.shape), tuple(shapes[name].shape)
@@ -271,28 +284,32 @@ def _read_weights(folder: Path, model: LanguageModel) -> dict[str, Tensor]:
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """All tensors in the files that a folder of `transformers` is read from, which looks for these in this order."""
-    for kind in ("model.safetensors", "pytorch_model.bin"):
+    for kind, tensors_in in (("model.safetensors", _from_safetensors), ("pytorch_model.bin", _from_pickle)):
         whole, index = folder / kind, folder / f"{kind}.index.json"
         if whole.is_file():
             files = [whole]
         elif index.is_file():
-            files = [folder / file for file in sorted({*json.loads(index.read_bytes())["weight_map"].values()})]
+            content = json.loads(index.read_bytes())
+            is_index = isinstance(content, dict) and isinstance(content.get("weight_map"), dict)
+            check(is_index, f"{index} does not say which file has which weights: it needs a weight_map")
+            files = [folder / file for file in sorted({*content["weight_map"].values()})]
         else:
             continue
         for file in files:
-            yield from _tensors_in(file)
+            yield from tensors_in(file)
         return
     raise InputError(f"from_hf={folder} has no weights: there is neither model.safetensors nor pytorch_model.bin")
 
 
-def _tensors_in(file: Path) -> Iterator[tuple[str, Tensor]]:
-    if file.suffix == ".safetensors":
-        try:
-            from safetensors import safe_open
-        except ImportError as error:
-            raise InputError('reading this needs the package safetensors: pip install -e ".[export]"') from error
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                yield name, tensors.get_tensor(name)
-    else:
-        yield from torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)).items()
+def _from_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise InputError(f'{file} needs the package safetensors: pip install -e ".[export]"') from error
+    with safe_open(file, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            yield name, tensors.get_tensor(name)
+
+
+def _from_pickle(file: Path) -> Iterator[tuple[str, Tensor]]:
+    yield from torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)).items()

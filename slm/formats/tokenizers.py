@@ -6,6 +6,7 @@ from typing import Any
 from slm.data.tokenizer import END_OF_TEXT, ByteTokenizer, SubwordTokenizer, byte_characters, import_tokenizers
 from slm.errors import InputError, check
 from slm.formats.hugging_face import import_transformers
+from slm.messages import say
 
 
 def as_transformers_tokenizer(dumped: str | None, vocab_size: int, max_seq_len: int) -> Any:
@@ -52,8 +53,13 @@ def dumped_tokenizer(folder: Path, vocab_size: int) -> str | None:
         elif (folder / "vocab.json").is_file():  # of the days before that
             auto = import_transformers().AutoTokenizer
             library = auto.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        elif (folder / "tokenizer.model").is_file():
+            remedy = 'write it with transformers: AutoTokenizer.from_pretrained("FOLDER").save_pretrained("FOLDER")'
+            raise InputError(f"{folder} has a tokenizer.model, but no tokenizer.json: {remedy}")
         else:
             return None
+    except InputError:
+        raise
     except Exception as error:  # the libraries' own are of many kinds
         raise InputError(f"{folder} has a tokenizer that cannot be read: {error}") from error
     for dumped in (None, "bytes"):
@@ -62,4 +68,6 @@ def dumped_tokenizer(folder: Path, vocab_size: int) -> str | None:
     tokenizer = SubwordTokenizer(library.to_str(), str(folder))
     fits = tokenizer.vocab_size <= vocab_size
     check(fits, f"{folder} has a tokenizer of {tokenizer.vocab_size} ids, but vocab_size={vocab_size} in its config")
+    if library.encode("a").ids != library.encode("a", add_special_tokens=False).ids:
+        say(f"the tokenizer of {folder} adds special tokens to each text, which is not done here")
     return tokenizer.dump()

@@ -16,6 +16,8 @@ from slm.model.transformer import Transformer
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+SINKS = 4
+"""The first tokens of a sequence, which are never forgotten."""
 SMALLEST_TEMPERATURE = 1e-30
 """Logits divided by less may no longer be finite; divided by this, the likeliest token has all of the probability."""
 
@@ -25,8 +27,10 @@ def decode(transformer: Transformer, tokens: Tensor, choose: Callable[[Tensor], 
     """The tokens (B,) that go on from tokens (B, T) of at least one position, one after another, without end.
 
     The network reads the last `max_seq_len` tokens of the beginning. When the sequence grows longer than that, rotary
-    positions let the caches forget the oldest eighth, and no token is read again. Learned positions end there: the last
-    half is read again from position 0, so each token is read at most twice.
+    positions let the caches forget an eighth of it: the oldest tokens but for the first four, which networks learn to
+    attend to where nothing else matters (Xiao et al., 2023, "Efficient Streaming Language Models with Attention
+    Sinks"). No token is read again. Learned positions end there: the last half is read again from position 0, so each
+    token is read at most twice.
 
     Args:
         transformer: the network.
@@ -49,9 +53,10 @@ def decode(transformer: Transformer, tokens: Tensor, choose: Callable[[Tensor], 
             caches = transformer.new_caches()
         else:
             num_forgotten = max(1, longest // 8)
-            window = window[:, num_forgotten:]
+            first = min(SINKS, longest - num_forgotten)
+            window = torch.cat([window[:, :first], window[:, first + num_forgotten :]], dim=1)
             for cache in caches:
-                cache.forget(num_forgotten, transformer.rotary)
+                cache.forget(first, num_forgotten, transformer.rotary)
 
 
 def without_call_overhead(module: _Module) -> _Module:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from slm.errors import InputError, check
 from slm.model.functional import causal_attention, drop, gelu
 
+ROPE_THETA = 10_000.0
+
 
 class Dropout(nn.Module):
     """`drop` while training, nothing in eval mode."""
@@ -68,34 +70,43 @@ class RotaryEmbedding(nn.Module):
         return x * cos - x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
+SMALLEST_ROOM = 256
+"""Tokens that a cache has memory for at first, if its capacity allows that."""
+
+
 class KVCache:
     """The keys and values of one layer for the tokens that it has seen, so that each is computed once.
 
     Args:
-        capacity: how many tokens it can hold.
+        capacity: the most tokens that it holds; its memory grows with those that it has.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self.k = self.v = torch.empty(0)
+        self.k = self.v = torch.empty(0, 0, 0, 0)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add those of the next tokens, (B, K, T, D / H); returns those of all tokens so far, (B, K, S, D / H)."""
-        if self.length == 0:
-            batch_size, num_kv_heads, _, head_dim = k.shape
-            self.k, self.v = (k.new_empty(batch_size, num_kv_heads, self.capacity, head_dim) for _ in range(2))
         start, self.length = self.length, self.length + k.shape[2]
+        if self.length > self.k.shape[2]:
+            batch_size, num_kv_heads, _, head_dim = k.shape
+            room = min(self.capacity, max(2 * self.length, SMALLEST_ROOM))
+            grown = [k.new_empty(batch_size, num_kv_heads, room, head_dim) for _ in range(2)]
+            for new, old in zip(grown, (self.k, self.v), strict=True):
+                if start:
+                    new[:, :, :start] = old[:, :, :start]
+            self.k, self.v = grown
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
-    def forget(self, num_tokens: int, rotary: RotaryEmbedding) -> None:
-        """Drop the oldest tokens. The others move to the first positions, to which their keys are turned back."""
-        kept = slice(num_tokens, self.length)
+    def forget(self, first: int, num_tokens: int, rotary: RotaryEmbedding) -> None:
+        """Drop tokens from the position `first` on. Those after them move there, and their keys are turned back."""
+        later = slice(first + num_tokens, self.length)
         self.length -= num_tokens
-        self.k[:, :, : self.length] = rotary.turned_back(self.k[:, :, kept], num_tokens)
-        self.v[:, :, : self.length] = self.v[:, :, kept].clone()
+        self.k[:, :, first : self.length] = rotary.turned_back(self.k[:, :, later], num_tokens)
+        self.v[:, :, first : self.length] = self.v[:, :, later].clone()
 
 
 class CausalSelfAttention(nn.Module):
@@ -248,7 +259,7 @@ class Transformer(nn.Module):
 
     architectures: ClassVar[Mapping[str, Architecture]] = {"gpt2": GPT2, "llama": LLAMA}
     changeable_options: ClassVar[frozenset[str]] = frozenset({"dropout"})
-    """The options that may change after training; what is trained depends on all others."""
+    """The options that may change when a run goes on."""
 
     def __init__(
         self,
@@ -261,7 +272,7 @@ class Transformer(nn.Module):
         dropout: float = 0.0,
         architecture: Literal["gpt2", "llama"] = "gpt2",
         num_kv_heads: int | None = None,
-        rope_theta: float = 10_000.0,
+        rope_theta: float = ROPE_THETA,
         norm_eps: float = 1e-5,
         tie_embeddings: bool = True,
     ) -> None:
@@ -297,8 +308,8 @@ class Transformer(nn.Module):
                 f"embed_dim={embed_dim} / num_heads={num_heads} is odd: rotary positions turn pairs of values",
             )
         else:
-            has_effect = rope_theta == 10_000.0
-            check(has_effect, f"rope_theta={rope_theta} has no effect under architecture={architecture}: leave it out")
+            is_default = rope_theta == ROPE_THETA
+            check(is_default, f"rope_theta={rope_theta} has no effect under architecture={architecture}: leave it out")
 
         self.max_seq_len = max_seq_len
         self.token_embedding = nn.Embedding(vocab_size, embed_dim)
@@ -314,13 +325,13 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def options_of_weights(cls, options: Mapping[str, Any]) -> set[str]:
-        """The options, out of all of a network's, that weights are tied to: other training may change the others.
+    def options_open_to_a_new_run(cls, options: Mapping[str, Any]) -> frozenset[str]:
+        """The options that may change when a new run begins with trained weights of a network with these options.
 
-        Rotary positions have no weights, so sequences may be of another length.
+        Rotary positions have no weights, so windows may have another length.
         """
-        is_rotary = cls.architectures[options.get("architecture", "gpt2")].is_rotary
-        return options.keys() - cls.changeable_options - ({"max_seq_len"} if is_rotary else set())
+        is_rotary = cls.architectures[options["architecture"]].is_rotary
+        return cls.changeable_options | ({"max_seq_len"} if is_rotary else set())
 
     def reset_parameters(self) -> None:
         """GPT-2's initialization: N(0, 0.02), what is added to the residual stream smaller, biases 0."""
