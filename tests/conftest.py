@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,14 +188,16 @@ def fit(model: LanguageModel, data: TokenData | None = None, **flags: Any) -> Tr
     return trainer
 
 
-def llama_folder(folder: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+def llama_folder(
+    folder: str, dtype: torch.dtype = torch.float32, sizes: Mapping[str, Any] = {}, **settings: Any
+) -> Any:
     """A small model in the shape of SmolLM2 and a tokenizer that cuts words as its does, in a folder; returns it."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
+    small = {"vocab_size": 300, "hidden_size": 36, "intermediate_size": 48, "max_position_embeddings": 24}
     config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=36, intermediate_size=48, num_hidden_layers=2, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=24, rope_theta=100_000.0, rms_norm_eps=1e-5,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        **{**small, **sizes}, num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3,
+        rope_theta=100_000.0, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).to(dtype).eval()
     model.save_pretrained(folder, **settings)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_FLAGS, UNSHOWN, likeliest, llama_folder, slow_after_first, small_model
 
+from slm.command.settings import read_command
 from slm.data.tokenizer import ByteTokenizer, train_bpe
 from slm.export import main
 from slm.generate import write
@@ -430,7 +431,8 @@ def test_a_gpt2_with_sizes_that_do_not_fit_is_refused(
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "10KB"}], ids=["one file", "several"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_llama_of_others_computes_the_same_here(dtype: torch.dtype, shards: Any, workdir: Path) -> None:
-    theirs = llama_folder("llama", dtype=dtype, **shards).float()
+    llama_folder("llama", dtype=dtype, **shards)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("llama").float()
     assert len([*Path("llama").glob("*.safetensors")]) > bool(shards)
     main(["--from_hf=llama", "--output=llama.pt"])
     ours, tokens = load("llama.pt"), torch.randint(40, (2, 24))
@@ -445,6 +447,15 @@ def test_a_llama_of_others_computes_the_same_here(dtype: torch.dtype, shards: An
     [
         ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "llama has rope_scaling={'type': 'linear'}"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "llama has rope_parameters={'rope_type':"),
+        ({"rope_parameters": {"rope_theta": 1.0, "factor": 4.0}}, "llama has rope_parameters={'rope_theta': 1.0, 'f"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "llama has rope_parameters={'partial_rotary_f"),
+        ({"partial_rotary_factor": 0.5}, "llama has partial_rotary_factor=0.5: the network here has 1.0"),
+        ({"pretraining_tp": 2}, "llama has pretraining_tp=2: the network here has 1"),
+        ({"quantization_config": {"bits": 4}}, "llama has quantization_config={'bits': 4}: the network here has None"),
+        ({"rms_norm_eps": "1e-5"}, "llama has rms_norm_eps='1e-5' in its config.json, which is no float"),
+        ({"vocab_size": 300.0}, "llama has vocab_size=300.0 in its config.json, which is no int"),
+        ({"hidden_size": None}, "llama has hidden_size=None in its config.json, which is no int"),
+        ({"num_attention_heads": 0}, "llama has head_dim=4: the network here has 36 / 0"),
         ({"attention_bias": True}, "llama has attention_bias=True: the network here has False"),
         ({"mlp_bias": True}, "llama has mlp_bias=True: the network here has False"),
         ({"hidden_act": "gelu"}, "llama has hidden_act=gelu: the network here has silu or swish"),
@@ -472,6 +483,86 @@ def test_a_config_of_an_older_version_says_how_slowly_rotary_positions_turn(work
     torch.testing.assert_close(load("llama.pt")(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
 
 
+def test_weights_under_the_names_of_older_versions_are_read(workdir: Path) -> None:
+    theirs, tokens = llama_folder("llama"), torch.randint(40, (2, 24))
+    stored = safetensors.load_file("llama/model.safetensors")
+    renamed = {name.removeprefix("model."): weights for name, weights in stored.items()}
+    renamed["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    safetensors.save_file(renamed, "llama/model.safetensors", metadata={"format": "pt"})
+    main(["--from_hf=llama", "--output=llama.pt"])
+    torch.testing.assert_close(load("llama.pt")(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_weights_of_whole_numbers_are_refused(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama_folder("llama")
+    stored = safetensors.load_file("llama/model.safetensors")
+    safetensors.save_file({name: weights.to(torch.int8) for name, weights in stored.items()}, "llama/model.safetensors")
+    assert "in torch.int8: give weights of 16 or 32 bits" in refuse(capsys, "--from_hf=llama", "--output=new.pt")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "[]", "llama/config.json holds no object: give the config of a model"),
+        ("config.json", "{", "from_hf=llama cannot be read: "),
+        (
+            "model.safetensors.index.json",
+            "{}",
+            "model.safetensors.index.json does not say which file has which weights",
+        ),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "config.json"}}', "from_hf=llama cannot be read: "),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_refused(
+    file: str, content: str, message: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama_folder("llama")
+    if "index" in file:
+        Path("llama/model.safetensors").unlink()
+    Path("llama", file).write_text(content)
+    assert message in refuse(capsys, "--from_hf=llama", "--output=new.pt")
+
+
+def test_a_tokenizer_that_only_another_library_reads_is_refused(
+    workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama_folder("llama")
+    Path("llama/tokenizer.json").rename("llama/tokenizer.model")
+    assert "llama has a tokenizer.model, but no tokenizer.json: write it with" in refuse(
+        capsys, "--from_hf=llama", "--output=new.pt"
+    )
+
+
+def test_special_tokens_that_a_tokenizer_would_add_are_told_of(
+    workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = pytest.importorskip("tokenizers")
+    llama_folder("llama")
+    tokenizer = library.Tokenizer.from_file("llama/tokenizer.json")
+    tokenizer.post_processor = library.processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+    tokenizer.save("llama/tokenizer.json")
+    main(["--from_hf=llama", "--output=llama.pt"])
+    assert "the tokenizer of llama adds special tokens to each text, which is not done here" in capsys.readouterr().err
+
+
+def test_the_card_names_the_family(workdir: Path) -> None:
+    save("model.pt", "bytes", vocab_size=256, architecture="llama")
+    main(["--ckpt_path=model.pt", "--output=out"])
+    assert "of the family of Llama" in Path("out/README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["new.gguf", "new.pt", "new"])
+def test_a_name_that_is_too_long_is_one_line(name: str, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save("model.pt", "bytes", vocab_size=256)
+    llama_folder("llama")
+    long = name.replace("new", "n" * 300)
+    source = {".gguf": ["--format=gguf", "--ckpt_path=model.pt"], ".pt": ["--from_hf=llama"]}
+    with pytest.raises(SystemExit) as exit_info:
+        main([*source.get(Path(name).suffix, ["--ckpt_path=model.pt"]), f"--output={long}"])
+    assert exit_info.value.code != 0
+    assert "cannot be written: " in capsys.readouterr().err
+
+
 def test_a_shard_that_is_missing_is_named(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llama_folder("llama", max_shard_size="10KB")
     shard = sorted(Path("llama").glob("*.safetensors"))[0]
@@ -487,7 +578,33 @@ def test_a_llama_of_others_is_trained_further_on_shorter_windows_of_ones_own_tex
     main(["--from_hf=llama", "--output=llama.pt"])
     Path("text.txt").write_text(README)
     flags = [*UNSHOWN, "--data.path=text.txt", "--model.max_seq_len=12", "--trainer.max_steps=2"]
-    slm("--init_from=llama.pt", *flags)
+    output = slm("--init_from=llama.pt", *flags)
+    assert "use --model.vocab_size" not in output
     hparams = load("runs/version_0").hparams
     assert (hparams["max_seq_len"], hparams["num_kv_heads"], hparams["architecture"]) == (12, 3, "llama")
     slm("--ckpt_path=last", "--trainer.max_steps=4")
+
+
+@pytest.mark.parametrize("length", [128, 12])
+def test_a_length_in_a_configuration_is_that_of_the_windows_of_a_llama(length: int, workdir: Path) -> None:
+    save("model.pt", "bytes", vocab_size=256, architecture="llama")
+    Path("length.yaml").write_text(f"model: {{max_seq_len: {length}}}")
+    assert read_command(["--init_from=model.pt", "--config=length.yaml"]).settings.model.max_seq_len == length
+    assert read_command(["--init_from=model.pt"]).settings.model.max_seq_len == 16
+
+
+def test_windows_of_another_length_are_refused_for_learned_positions(refused: Callable[..., str]) -> None:
+    save("model.pt", "bytes", vocab_size=256)
+    assert "max_seq_len=12 cannot apply to the weights" in refused("--init_from=model.pt", "--model.max_seq_len=12")
+
+
+@pytest.mark.slow
+def test_a_folder_of_smollm2s_width_and_vocabulary_computes_the_same_here(workdir: Path) -> None:
+    sizes = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "max_position_embeddings": 8192}
+    llama_folder("llama", torch.bfloat16, sizes)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("llama").float()
+    tokens = torch.randint(49_152, (2, 200))
+    main(["--from_hf=llama", "--output=llama.pt"])
+    with torch.no_grad():
+        torch.testing.assert_close(load("llama.pt")(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+    assert write("one 12 ", "llama.pt", max_new_tokens=5).startswith("one 12 ")

@@ -116,8 +116,15 @@ def test_a_machine_without_a_compiler_is_told_so_in_one_line(refused: Callable[.
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-def test_a_compiled_network_trains_to_the_same_checkpoint(slm: Callable[..., str]) -> None:
-    flags = [*SMALL_FLAGS, "--trainer.max_steps=2", "--trainer.max_epochs=-1", "--trainer.precision=32-true"]
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_compiled_network_trains_to_the_same_checkpoint(architecture: str, slm: Callable[..., str]) -> None:
+    flags = [
+        *SMALL_FLAGS,
+        f"--model.architecture={architecture}",
+        "--trainer.max_steps=2",
+        "--trainer.max_epochs=-1",
+        "--trainer.precision=32-true",
+    ]
     flags += ["--trainer.accelerator=cpu", "--trainer.limit_val_batches=0", "--data.batch_size=8"]
     slm(*flags)
     slm(*flags, "--model.compile=true")

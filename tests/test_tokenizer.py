@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import cutting_digits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,13 +30,14 @@ tokenizers = pytest.importorskip("tokenizers")
 TEXT = "".join(text for _, text in sorted(topics.items())[:20])
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 BPE = train_bpe(iter([TEXT]), 600)
+DIGITS = SubwordTokenizer(cutting_digits(BPE.dump()))
 
 
 def ids_of(tokenizer: Tokenizer, *pieces: tuple[str, bool]) -> list[int]:
     return array(tokenizer.typecode, tokenizer.encode(pieces)).tolist()
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE, DIGITS], ids=["bytes", "bpe", "digits"])
 @given(text=ANY_TEXT)
 def test_any_text_comes_back_exactly_and_its_bytes_are_counted(tokenizer: Tokenizer, text: str) -> None:
     ids = ids_of(tokenizer, (text, True))
