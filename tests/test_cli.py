@@ -160,7 +160,7 @@ def test_print_config_shows_what_is_in_force(slm: Run, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("config", slow_after_first(CONFIGS), ids=lambda path: path.name)
 def test_every_shipped_config_trains(slm: Run, config: Path) -> None:
-    smaller = ["embed_dim=48", "num_layers=1", "hidden_dim=64", "max_seq_len=32", "compile=false"]
+    smaller = ["embed_dim=144", "num_layers=1", "hidden_dim=64", "max_seq_len=32", "compile=false"]
     output = slm(
         f"--config={config}",
         *QUIET,
