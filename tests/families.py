@@ -57,9 +57,11 @@ class MixedModel(LanguageModel):
 
 def flags_of(name: str, flags: Sequence[str]) -> list[str]:
     """The command line of a model that has about as many parameters as that of the flags."""
-    hidden_dim = read_command(flags).new_model().hparams["hidden_dim"]
-    if MixedTransformer.architectures[name].feed_forward is SwiGLU:
-        hidden_dim = round(hidden_dim * 2 / 3 / 8) * 8
+    hparams = read_command(flags).new_model().hparams
+    matrices = {
+        name: 3 if parts.feed_forward is SwiGLU else 2 for name, parts in MixedTransformer.architectures.items()
+    }
+    hidden_dim = round(hparams["hidden_dim"] * matrices[hparams["architecture"]] / matrices[name] / 8) * 8
     model = ["--model=tests.families.MixedModel", f"--model.architecture={name}", f"--model.hidden_dim={hidden_dim}"]
     return [*flags, *model]
 
