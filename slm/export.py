@@ -148,14 +148,15 @@ def import_folder(from_hf: Path, output: Path) -> None:
     Raises:
         InputError: there is no such folder, what it holds is not a network of this project, or the file is there.
     """
-    check(from_hf.is_dir(), f"from_hf={from_hf} is no folder: give one with config.json and weights")
+    has_config = (from_hf / "config.json").is_file()
+    check(has_config, f"from_hf={from_hf} is no folder with a model: give one with config.json and weights")
     _check_new(output, ".pt")
     hparams, state = read_transformers(from_hf)
     tokenizer = dumped_tokenizer(from_hf, hparams["vocab_size"])
     content = {"hyper_parameters": hparams, "state_dict": state, "tokenizer": tokenizer}
     DurableCheckpointIO().save_checkpoint(content, output)
-    kind = "without a tokenizer" if tokenizer is None else "with its tokenizer"
-    say(f"{output} holds the weights of {from_hf}, {kind}")
+    without = f"without a tokenizer, since {from_hf} has none of text: it reads and writes the numbers of tokens"
+    say(f"{output} holds the weights of {from_hf}, {without if tokenizer is None else 'with its tokenizer'}")
 
 
 def run(

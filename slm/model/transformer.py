@@ -294,7 +294,7 @@ class Transformer(nn.Module):
         )
         check(
             num_heads % sizes["num_kv_heads"] == 0,
-            f"num_heads={num_heads} is not divisible by num_kv_heads={num_kv_heads}: each of these serves as many",
+            f"num_heads={num_heads} is not divisible by num_kv_heads={num_kv_heads}: heads share these in equal groups",
         )
         check(0.0 <= dropout < 1.0, f"dropout={dropout} must be at least 0 and below 1")
         check(0.0 < norm_eps < 1.0, f"norm_eps={norm_eps} must be above 0 and below 1")
