@@ -148,9 +148,9 @@ def import_folder(from_hf: Path, output: Path) -> None:
     Raises:
         InputError: there is no such folder, what it holds is not a network of this project, or the file is there.
     """
+    _check_new(output, ".pt")
     has_config = (from_hf / "config.json").is_file()
     check(has_config, f"from_hf={from_hf} is no folder with a model: give one with config.json and weights")
-    _check_new(output, ".pt")
     hparams, state = read_transformers(from_hf)
     tokenizer = dumped_tokenizer(from_hf, hparams["vocab_size"])
     content = {"hyper_parameters": hparams, "state_dict": state, "tokenizer": tokenizer}
