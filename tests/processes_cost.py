@@ -145,5 +145,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--bare"]:
         bare_loop(int(sys.argv[2]))
+        sys.stdout.flush()
+        os._exit(0)  # the threads of gloo may wait for one another at a regular end
     else:
         main()
