@@ -15,37 +15,21 @@ from slm.formats.names import Names
 from slm.formats.tokenizers import library_tokenizer
 from slm.training.language_model import LanguageModel
 
+LAYERS = {
+    "token_embedding": "token_embd",
+    "position_embedding": "position_embd",
+    "attn_norm": "attn_norm",
+    "attn.out": "attn_output",
+    "ff_norm": "ffn_norm",
+    "ff.gate": "ffn_gate",
+    "ff.up": "ffn_up",
+    "ff.down": "ffn_down",
+    "final_norm": "output_norm",
+    "output": "output",
+}
 NAMES = {
-    "gpt2": Names(
-        "blk.{}.",
-        {
-            "token_embedding": "token_embd",
-            "position_embedding": "position_embd",
-            "attn_norm": "attn_norm",
-            "attn.qkv": "attn_qkv",
-            "attn.out": "attn_output",
-            "ff_norm": "ffn_norm",
-            "ff.up": "ffn_up",
-            "ff.down": "ffn_down",
-            "final_norm": "output_norm",
-            "output": "output",
-        },
-    ),
-    "llama": Names(
-        "blk.{}.",
-        {
-            "token_embedding": "token_embd",
-            "attn_norm": "attn_norm",
-            "attn.qkv": ("attn_q", "attn_k", "attn_v"),
-            "attn.out": "attn_output",
-            "ff_norm": "ffn_norm",
-            "ff.gate": "ffn_gate",
-            "ff.up": "ffn_up",
-            "ff.down": "ffn_down",
-            "final_norm": "output_norm",
-            "output": "output",
-        },
-    ),
+    "gpt2": Names("blk.{}.", {**LAYERS, "attn.qkv": "attn_qkv"}),
+    "llama": Names("blk.{}.", {**LAYERS, "attn.qkv": ("attn_q", "attn_k", "attn_v")}),
 }
 GPT2_PATTERN = "the pattern of GPT-2"
 LLAMA_3_PATTERN = (
