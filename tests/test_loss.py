@@ -121,6 +121,18 @@ def test_a_target_whose_probability_rounds_to_nothing_has_its_true_loss(dtype: t
     assert losses == [0.0, 400.0, 200.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_no_exponential_of_the_largest_small_logit_overflows(sign: float, dtype: torch.dtype) -> None:
+    hidden = torch.full((24, 15), 2.0 * sign, dtype=dtype, requires_grad=True)
+    weight = torch.full((10_000, 15), 2.0, dtype=dtype, requires_grad=True)
+    assert slm_loss._has_small_logits(hidden * 0.99, weight)
+    assert not slm_loss._has_small_logits(hidden * 1.01, weight)
+    given = hidden, weight, torch.arange(24)
+    for mine, other in zip(*(values_and_gradients(f, *given) for f in (linear_cross_entropy, whole)), strict=True):
+        torch.testing.assert_close(mine.float(), other.float(), rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_stays_so(bad: float, device: str) -> None:
