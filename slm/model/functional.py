@@ -99,7 +99,7 @@ def gelu(x: Tensor) -> Tensor:
         return x * torch.sigmoid(x * (GELU_SLOPE + GELU_SLOPE * GELU_CUBE * x**2))
     if x.device.type != "cpu" or not torch.is_grad_enabled():
         return F.gelu(x, approximate="tanh")
-    return _Gelu.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+    return _Gelu.apply(x)  # type: ignore[no-untyped-call]
 
 
 class _Gelu(torch.autograd.Function):

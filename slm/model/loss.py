@@ -165,7 +165,7 @@ def _sum_of_rows(x: Tensor) -> Tensor:
     if x.dtype == exact:
         return x.sum(-1)
     whole = x.shape[1] // COLUMNS_OF_A_PIECE * COLUMNS_OF_A_PIECE
-    pieces = x[:, :whole].unflatten(1, (-1, COLUMNS_OF_A_PIECE)).sum(-1)
+    pieces = torch.unflatten(x[:, :whole], 1, (-1, COLUMNS_OF_A_PIECE)).sum(-1)
     return pieces.sum(-1, dtype=exact) + x[:, whole:].sum(-1, dtype=exact)
 
 
