@@ -16,11 +16,11 @@ from slm.command.streams import print_only_messages
 from slm.command.trainer import check_trainer, new_trainer, shards_model
 from slm.data import TokenData
 from slm.data.token_data import check_shares
-from slm.errors import InputError, check
+from slm.errors import InputError, check, leave_at_once
 from slm.hardware import accelerator_kind, keep_freed_memory
 from slm.messages import say, silence_notices
 from slm.run.checkpoint import RUNS, best_checkpoint, load_weights, read_checkpoint
-from slm.run.control import Control, leave_at_once
+from slm.run.control import Control
 from slm.run.folder import RunFolder
 from slm.run.processes import Processes, launched_processes
 from slm.run.sharding import give_weights

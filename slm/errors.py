@@ -1,4 +1,11 @@
-"""The one error that speaks to the user."""
+"""What ends a command: the errors that speak to the user, and a signal."""
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -27,7 +34,31 @@ class NotWrittenError(InputError):
     """A file cannot be written; what stood there is untouched."""
 
 
+class Stopped(BaseException):
+    """A signal ended the run; like KeyboardInterrupt it is no error, and no `except Exception` takes it for one.
+
+    Attributes:
+        signum: the signal.
+        step: how many optimizer steps were done.
+        path: the checkpoint to go on from; None where nothing is kept.
+    """
+
+    def __init__(self, signum: int, step: int, path: Path | None) -> None:
+        kept = "which is kept" if path else "of which nothing is kept"
+        where = f"at step {step}, {kept}" if step else "before its first step: nothing is lost"
+        super().__init__(f"stopped by {signal.Signals(signum).name} {where}")
+        self.signum, self.step, self.path = signum, step, path
+
+
 def check(condition: bool, message: str) -> None:
     """Raise InputError(message) unless the condition holds."""
     if not condition:
         raise InputError(message)
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """Exit without destroying the process group, which could wait for ranks that are gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)

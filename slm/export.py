@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slm.command.exit_codes import ends_in_one_line
-from slm.command.parser import new_parser, parse_flags
+from slm.command.flags import new_parser, parse_flags
 from slm.durable import TEMPORARY, give_usual_modes
 from slm.errors import NotWrittenError, check
 from slm.formats.gguf import import_gguf, write_gguf
 from slm.formats.hugging_face import as_transformers, import_transformers, read_transformers
 from slm.formats.tokenizers import as_transformers_tokenizer, dumped_tokenizer
 from slm.messages import say, silence_notices
-from slm.run.checkpoint import DurableCheckpointIO, open_checkpoint
+from slm.run.checkpoint import open_checkpoint
+from slm.run.checkpoint_io import DurableCheckpointIO
 from slm.run.loading import restore
 from slm.runs import read_run
 

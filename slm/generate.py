@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from slm.command.exit_codes import ends_in_one_line
-from slm.command.parser import new_parser, parse_flags
+from slm.command.flags import new_parser, parse_flags
 from slm.data.documents import MARK, read_text
 from slm.data.text_stream import TextStream, stored_tokenizer
 from slm.errors import InputError, check
@@ -20,7 +20,7 @@ from slm.hardware import keep_freed_memory, writing_device
 from slm.messages import say
 from slm.model.sampling import Sampler, decode
 from slm.run.checkpoint import open_checkpoint
-from slm.run.loading import restore
+from slm.run.loading import restore_network
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Writer:
     def __init__(self, ckpt_path: str | Path = "best", accelerator: str = "auto") -> None:
         device = writing_device(accelerator)
         self.path, content = open_checkpoint(ckpt_path, prefer="best")
-        self.model = restore(self.path, content).to(device)
-        self.tokenizer = stored_tokenizer(content.get("tokenizer"), self.model.hparams["vocab_size"])
+        self.transformer = restore_network(self.path, content).to(device)
+        self.tokenizer = stored_tokenizer(content.get("tokenizer"), content["hyper_parameters"]["vocab_size"])
 
     def stream(self, prompt: str, settings: Settings) -> Iterator[tuple[int, str]]:
         """The prompt and what the model writes after it, in pieces, each with the number of its sample, in order.
@@ -85,14 +85,14 @@ class Writer:
             InputError: the prompt is not UTF-8, or for a model without tokenizer not the numbers of tokens.
         """
         ids = self._ids(prompt)
-        seen = self.model.hparams["max_seq_len"]
+        seen = self.transformer.max_seq_len
         if len(ids) > seen:
             say(f"the prompt has {len(ids)} tokens: the model sees the last {seen}, its context")
         texts = [TextStream(self.tokenizer, ids, settings.stop) for _ in range(settings.num_samples)]
         pieces, sampler = [prompt] * settings.num_samples, settings.sampler()
         vocab_size = self.tokenizer.vocab_size  # of the model it may be larger
-        tokens = torch.tensor([ids] * settings.num_samples, device=self.model.device)
-        steps = decode(self.model.transformer, tokens, lambda logits: sampler(logits[:, :vocab_size]))
+        tokens = torch.tensor([ids] * settings.num_samples, device=self.transformer.output_weight.device)
+        steps = decode(self.transformer, tokens, lambda logits: sampler(logits[:, :vocab_size]))
         turn = 0
         for step, chosen in enumerate(steps, start=1):
             for row, (text, token) in enumerate(zip(texts, chosen.tolist(), strict=True)):

@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 
 from slm.command.exit_codes import ends_in_one_line
-from slm.command.parser import new_parser, parse_flags
+from slm.command.flags import new_parser, parse_flags
 from slm.errors import InputError, check
 from slm.formats.hugging_face import as_transformers
 from slm.hardware import keep_freed_memory, writing_device

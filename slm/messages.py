@@ -4,8 +4,7 @@ import logging
 import re
 import sys
 import warnings
-
-from lightning.fabric.utilities.rank_zero import rank_zero_only
+from typing import Any
 
 LOG_LINES = {
     "tensorboard": ["Detected out of order event.step"],  # a killed run's points, which were drawn again
@@ -73,10 +72,16 @@ class _Silence(logging.Filter):
         return not self.pattern.match(record.getMessage())
 
 
-@rank_zero_only
+def is_first_process() -> bool:
+    """Whether this is the first of several processes. Lightning knows; where nothing has imported it, there is one."""
+    lightning: Any = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    return lightning is None or lightning.rank_zero_only.rank == 0
+
+
 def say(message: str) -> None:
     """Print a line on stderr, once, however many processes there are."""
-    say_here(message)
+    if is_first_process():
+        say_here(message)
 
 
 def say_here(message: str) -> None:

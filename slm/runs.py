@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from slm.command.exit_codes import ends_in_one_line
-from slm.command.parser import new_parser, parse_flags, read_settings
+from slm.command.flags import new_parser, parse_flags, read_settings
 from slm.command.settings import flat
 from slm.errors import InputError, check
 from slm.messages import say, silence_notices

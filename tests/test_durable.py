@@ -14,7 +14,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from slm.durable import replace_file, sweep
 from slm.errors import InputError, NotWrittenError
-from slm.run.checkpoint import DurableCheckpointIO, open_checkpoint, read_checkpoint
+from slm.run.checkpoint import open_checkpoint, read_checkpoint
+from slm.run.checkpoint_io import DurableCheckpointIO
 
 
 class Malicious:

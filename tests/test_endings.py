@@ -178,7 +178,7 @@ def test_a_save_that_fails_at_a_signal_is_an_error(
         raise NotWrittenError(f"{path} cannot be written: No space left on device")
 
     signal_in(monkeypatch, "training_step", signal.SIGTERM, step=5)
-    monkeypatch.setattr("slm.run.checkpoint.replace_file", full)
+    monkeypatch.setattr("slm.run.checkpoint_io.replace_file", full)
     with pytest.raises(SystemExit) as exit_info:
         slm(*SMALL)
     assert exit_info.value.code == 2

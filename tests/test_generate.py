@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def test_a_model_writes_what_it_learned(rhyming: Path, tmp_path: Path, capsys: p
     main([f"--ckpt_path={rhyming}", "--prompt=one two three f", *GREEDY])
     assert capsys.readouterr() == ("one two three four five\n", "")
     assert write(ckpt_path=made_by_hand(b"a text", tmp_path / "a.pt"), max_new_tokens=5) == "a tex"
+
+
+def test_nothing_of_lightning_is_imported_to_write(rhyming: Path) -> None:
+    without = "import sys; sys.modules['lightning'] = None; import slm.generate; slm.generate.main()"
+    flags = [f"--ckpt_path={rhyming}", "--prompt=one two three f", *GREEDY]
+    written = subprocess.run([sys.executable, "-c", without, *flags], capture_output=True, text=True, check=True)
+    assert written.stdout == "one two three four five\n"
 
 
 def test_what_is_written_past_the_context_still_follows_the_rhyme(rhyming: Path) -> None:

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from slm.command.parser import explain_parser_error
+from slm.command.flags import explain_parser_error
 from slm.messages import LOG_LINES, WARNINGS, silence_notices
 
 

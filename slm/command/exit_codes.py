@@ -10,15 +10,11 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from slm.command.streams import failure_to_print, standard_streams
-from slm.errors import InputError
-from slm.messages import say
-from slm.run.control import leave_at_once
+from slm.errors import InputError, Stopped, leave_at_once
+from slm.messages import is_first_process, say
 from slm.run.job import is_slurm_job, requeue
-from slm.run.signals import Stopped
 
 
 @contextmanager
@@ -58,23 +54,19 @@ def _status_of_every_ending() -> Iterator[None]:
         )
         is_to_go_on = stop.path is not None or stop.step == 0
         is_near_its_end = is_slurm_job() and signal.Signals(stop.signum).name == "SIGUSR1"
-        if is_near_its_end and is_to_go_on and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if is_near_its_end and is_to_go_on and is_first_process():
             requeue()
         _leave(128 + stop.signum)
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
             _leave(128 + signal.SIGINT)  # Lightning makes it SystemExit(1)
         raise
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
-        is_meant = isinstance(error, InputError | MisconfigurationException) or _is_raised_by_lightning(error)
-        if not is_meant or os.environ.get("SLM_TRACEBACK"):
+    except Exception as error:
+        if not _is_meant_for_the_user(error) or os.environ.get("SLM_TRACEBACK"):
             _leave_with_traceback()
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         _leave(2)
-    except Exception:
-        _leave_with_traceback()
-        raise
 
 
 def command_name() -> str:
@@ -99,7 +91,9 @@ def _has_process_group() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _is_raised_by_lightning(error: BaseException) -> bool:
-    """Whether Lightning itself raised this, as it does for settings that do not fit; anything else is a bug."""
+def _is_meant_for_the_user(error: Exception) -> bool:
+    """Whether it is ours, or Lightning's own for settings that do not fit; anything else is a bug."""
+    if isinstance(error, InputError) or type(error).__name__ == "MisconfigurationException":
+        return True
     module = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    return module.startswith("lightning.")
+    return isinstance(error, ValueError | RuntimeError) and module.startswith("lightning.")

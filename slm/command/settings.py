@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from slm.command.parser import LINKED, TrainingParser, read_settings
+from slm.command.flags import LINKED, read_settings
+from slm.command.parser import TrainingParser
 from slm.data import TokenData
 from slm.data.text_data import NAMED_TOKENIZERS
 from slm.errors import InputError, check

@@ -23,7 +23,7 @@ from slm.errors import InputError, check
 from slm.hardware import accelerator_kind, resolve_precision
 from slm.messages import say
 from slm.run.callbacks import BestCheckpoint, ConfigKeeper, LastCheckpoint, SelfContained
-from slm.run.checkpoint import DurableCheckpointIO
+from slm.run.checkpoint_io import DurableCheckpointIO
 from slm.run.control import Control
 from slm.run.folder import RunFolder
 from slm.run.lightning_internals import without_signals

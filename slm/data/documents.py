@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-
 from slm.data.files import Entry, Errors, Text, check_unchanged, python_topics
 from slm.errors import InputError, check
 
@@ -82,6 +80,8 @@ def read_blocks(text: Text, title: str) -> Iterator[Block]:
     done, total = 0, sum(entry.size for entry in text.entries)
     interval = 0.2 if sys.stderr.isatty() else 10
     shown = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "mininterval": interval}
+    from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm  # takes seconds, and few texts need it
+
     with Tqdm(desc=title, total=total, file=sys.stderr, **shown) as bar:
         for entry in text.entries:
             is_file = bool(text.setting)

@@ -11,13 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from slm.durable import replace_file
-from slm.errors import InputError, NotFiniteError, NotWrittenError
+from slm.errors import InputError, NotFiniteError, NotWrittenError, Stopped
 from slm.messages import say
-from slm.run.checkpoint import WEIGHTS_NAME, DurableCheckpointIO, last_checkpoint
+from slm.run.checkpoint import WEIGHTS_NAME, last_checkpoint
+from slm.run.checkpoint_io import DurableCheckpointIO
 from slm.run.control import SAVE, Control
 from slm.run.loading import class_path_of
 from slm.run.resume import ExactResume, is_fitting
-from slm.run.signals import Stopped
 
 CURVES = "events.out.tfevents.*"
 SECONDS_BETWEEN_SAVES = 60.0

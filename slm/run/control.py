@@ -14,12 +14,11 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import threading
 import time
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, wait
-from typing import Any, NoReturn
+from typing import Any
 
 from slm.run.processes import Processes
 
@@ -32,14 +31,6 @@ LOST = 75
 SECONDS_TO_REST = 0.02
 SECONDS_OF_GRACE = 3.0
 """How long the main thread may take to leave once there is nothing more to save."""
-
-
-def leave_at_once(status: int) -> NoReturn:
-    """Exit without destroying the process group, which could wait for ranks that are gone."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)
 
 
 def _let_threads_rest() -> None:

@@ -4,16 +4,24 @@ import importlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from slm.errors import InputError, check
+from slm.model.transformer import Transformer
 from slm.run.checkpoint import load_weights, open_checkpoint
-from slm.training.language_model import LanguageModel
+from slm.training.hyperparameters import parameters_of
+
+if TYPE_CHECKING:
+    from slm.training.language_model import LanguageModel
+
+OURS = "slm.training.language_model.LanguageModel"
+"""It is imported where it is needed, for it takes seconds: it is a LightningModule."""
+_Made = TypeVar("_Made")
 
 
-def load(ckpt_path: str | Path) -> LanguageModel:
+def load(ckpt_path: str | Path) -> "LanguageModel":
     """A trained model in eval mode, on the CPU.
 
     Args:
@@ -25,17 +33,30 @@ def load(ckpt_path: str | Path) -> LanguageModel:
     return restore(*open_checkpoint(ckpt_path, prefer="best"))
 
 
-def restore(path: Path, content: dict[str, Any]) -> LanguageModel:
+def restore(path: Path, content: dict[str, Any]) -> "LanguageModel":
     """The model, in eval mode, of the content of a checkpoint; raises InputError where that does not fit."""
-    class_path = model_named_in(content, path)
-    kind = LanguageModel if class_path is None else import_model(class_path)
-    try:
-        with torch.random.fork_rng(devices=[]):  # a new model draws its weights from the caller's random numbers
-            model = kind(**content["hyper_parameters"])
-    except TypeError as error:
-        raise InputError(f"{path} does not fit this version of the model: {error}") from error
+    kind = import_model(model_named_in(content, path) or OURS)
+    model = _made(kind, content["hyper_parameters"], path)
     load_weights(model.transformer, content, path)
     return model.eval()
+
+
+def restore_network(path: Path, content: dict[str, Any]) -> Transformer:
+    """Its network alone, for which nothing of Lightning is imported unless a class of another's needs that."""
+    class_path = model_named_in(content, path)
+    kind = Transformer if class_path is None else import_model(class_path).network
+    hparams = content["hyper_parameters"]
+    network = _made(kind, {name: hparams[name] for name in parameters_of(kind) if name in hparams}, path)
+    load_weights(network, content, path)
+    return network.eval()
+
+
+def _made(kind: type[_Made], options: Mapping[str, Any], path: Path) -> _Made:
+    try:
+        with torch.random.fork_rng(devices=[]):  # a new model draws its weights from the caller's random numbers
+            return kind(**options)
+    except TypeError as error:
+        raise InputError(f"{path} does not fit this version of the model: {error}") from error
 
 
 def class_path_of(kind: type[Any]) -> str:
@@ -50,8 +71,10 @@ def is_ours(class_path: str) -> bool:
     return class_path.startswith("slm.")
 
 
-def import_model(class_path: str) -> type[LanguageModel]:
+def import_model(class_path: str) -> "type[LanguageModel]":
     """The class of a model by its dotted name; raises InputError where there is none of that name."""
+    from slm.training.language_model import LanguageModel
+
     kind = LanguageModel if class_path == "LanguageModel" else import_class(class_path, "model")
     is_model = isinstance(kind, type) and issubclass(kind, LanguageModel)
     check(is_model, f"model={class_path} is no LanguageModel: make it a subclass of slm.LanguageModel")
@@ -76,7 +99,7 @@ def model_named_in(content: Mapping[str, Any], path: Path) -> str | None:
             settings of the run that the file lies in may, or whoever has imported it already.
     """
     class_path = content.get("model_class")
-    if class_path is None or class_path == class_path_of(LanguageModel):
+    if class_path in (None, OURS):
         return None
     folders = [folder for folder in (path.parent, path.parent.parent) if (folder / "config.yaml").is_file()]
     is_named = any(f"class_path: {class_path}\n" in (f / "config.yaml").read_text(encoding="utf-8") for f in folders)
@@ -89,7 +112,7 @@ def model_named_in(content: Mapping[str, Any], path: Path) -> str | None:
     return str(class_path)
 
 
-def check_applicable(stored: Mapping[str, Any], asked: Mapping[str, Any], kind: type[LanguageModel]) -> None:
+def check_applicable(stored: Mapping[str, Any], asked: Mapping[str, Any], kind: "type[LanguageModel]") -> None:
     """Raise InputError where an option that the weights depend on is asked for with another value.
 
     An option that came after the checkpoint was made had its default there.

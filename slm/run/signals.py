@@ -9,33 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from torch.distributed import DistError
 
-from slm.errors import InputError
+from slm.errors import InputError, Stopped, leave_at_once
+from slm.messages import is_first_process
 from slm.run.checkpoint import last_checkpoint
-from slm.run.control import LOST, SIGNALS, Control, leave_at_once
+from slm.run.control import LOST, SIGNALS, Control
 from slm.run.processes import Processes
 
 SECONDS_TO_NOTICE = 2.0
 """How soon the loss of a process is noticed after the first library that waited for it fails."""
-
-
-class Stopped(BaseException):
-    """A signal ended the run; like KeyboardInterrupt it is no error, and no `except Exception` takes it for one.
-
-    Attributes:
-        signum: the signal.
-        step: how many optimizer steps were done.
-        path: the checkpoint to go on from; None where nothing is kept.
-    """
-
-    def __init__(self, signum: int, step: int, path: Path | None) -> None:
-        kept = "which is kept" if path else "of which nothing is kept"
-        where = f"at step {step}, {kept}" if step else "before its first step: nothing is lost"
-        super().__init__(f"stopped by {signal.Signals(signum).name} {where}")
-        self.signum, self.step, self.path = signum, step, path
 
 
 @dataclass
@@ -77,7 +61,7 @@ class Progress:
         self.heard.add(signum)
         if self.control.processes.world_size == 1:  # else a thread has heard it too
             self.control.order(signum)
-        if signum == signal.SIGINT and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if signum == signal.SIGINT and is_first_process():
             with contextlib.suppress(OSError):  # the terminal may have gone
                 os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
 

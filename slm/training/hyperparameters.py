@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from slm.errors import check
-from slm.training.optimizers import OPTIMIZERS
+
+OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 
 
 def parameters_of(kind: type[Any]) -> dict[str, inspect.Parameter]:

@@ -12,7 +12,6 @@ from slm.errors import check
 from slm.hardware import fast_dtype
 from slm.training.shards import is_sharded, local, sharded_like, whole_like
 
-OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 MOMENTUM = 0.95
 """Of Muon."""
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
