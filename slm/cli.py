@@ -21,6 +21,7 @@ from slm.hardware import accelerator_kind, keep_freed_memory
 from slm.messages import say, silence_notices
 from slm.run.checkpoint import RUNS, best_checkpoint, load_weights, read_checkpoint
 from slm.run.control import Control
+from slm.run.cores import gives_way
 from slm.run.folder import RunFolder
 from slm.run.processes import Processes, launched_processes
 from slm.run.sharding import give_weights
@@ -98,7 +99,8 @@ def train(argv: Sequence[str], progress: Progress, is_own: bool = False) -> None
             folder.prepare(command.start.training_state, command.text(), data.tokenizer, argv)
         trainer = progress.trainer = new_trainer(command, settings, folder, progress.control)
         print_only_messages()
-        trainer.fit(model, data, ckpt_path=command.ckpt_path, weights_only=True)
+        with gives_way():
+            trainer.fit(model, data, ckpt_path=command.ckpt_path, weights_only=True)
         check_that_it_trained(command, trainer, folder)
         finish(command, trainer, model, data, folder, processes)
 

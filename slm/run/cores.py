@@ -1,0 +1,98 @@
+"""Threads that give way: torch's threads wait for each other at every operation, and other programs want the cores too.
+
+GNU's OpenMP, which torch uses on Linux, lets a thread that waits spin for some milliseconds before it sleeps. That is
+fastest on cores of its own; on a core that another program wants, the thread that it waits for does not run meanwhile.
+While a process has more threads of OpenMP than there are cores, they spin 3,000 times less (GOMP_SPINCOUNT in libgomp's
+manual). So where threads are kept waiting for a core, others are added that do nothing. The threads that compute stay
+as many, so no sum and no bit of a result changes.
+
+`python -m tests.shared_cores` measures it. Tokens/s on two cores, alone, beside one and beside two busy processes:
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+INTERVAL = 1.0
+"""Seconds between two looks."""
+MOST_WAITING, LEAST_WAITING = 0.2, 0.05
+"""Seconds of waiting for a core, of all threads, in a second: from which on threads give way, and until when."""
+ELEMENTS_OF_A_THREAD = 2**16
+"""torch gives a thread at least half as many elements of a tensor to work on."""
+
+
+@contextlib.contextmanager
+def gives_way() -> Iterator[None]:
+    """While the body runs, let the threads of this process give way where other programs want their cores.
+
+    Nothing happens where that cannot be known (other systems than Linux), or where the user has said how threads wait.
+    """
+    is_settled = torch.get_num_threads() == 1 or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+    if is_settled or waited() is None:
+        yield
+        return
+    is_over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(is_over,), name="gives way", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+
+
+def waited() -> float | None:
+    """Seconds that the threads of this process have been ready to run and had no core; None where Linux does not say."""
+    total = 0
+    try:
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                total += int((task / "schedstat").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return total / 1e9
+
+
+def _watch(is_over: threading.Event) -> None:
+    before, added = waited(), None
+    while not is_over.wait(INTERVAL):
+        now = waited()
+        share = max(0.0, (now or 0.0) - (before or 0.0)) / INTERVAL
+        before = now
+        if added is None and share > MOST_WAITING:
+            added = IdleThreads()
+        elif added is not None and share < LEAST_WAITING:
+            added.end()
+            added = None
+    if added is not None:
+        added.end()
+
+
+class IdleThreads:
+    """Threads of OpenMP that do nothing, so many that there are more of these than cores."""
+
+    def __init__(self) -> None:
+        self._is_over = threading.Event()
+        self._threads: list[threading.Thread] = []
+        team, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+        for number in range(-(-(cores + 1 - team) // (team - 1))):
+            is_there = threading.Event()
+            thread = threading.Thread(target=self._idle, args=(is_there, team), name=f"idle {number}", daemon=True)
+            thread.start()
+            is_there.wait()
+            self._threads.append(thread)
+
+    def _idle(self, is_there: threading.Event, team: int) -> None:
+        torch.empty(team * ELEMENTS_OF_A_THREAD).fill_(0.0)  # OpenMP keeps a team for each thread that has needed one
+        is_there.set()
+        self._is_over.wait()
+
+    def end(self) -> None:
+        """Let them go."""
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()

@@ -1,0 +1,93 @@
+"""What training beside other programs costs: `python -m tests.shared_cores`.
+
+The command trains `small_text` and the default model alone, beside one and beside two processes that never rest, with
+threads that give way (`slm.run.cores`) and without. What it prints is how many tokens it trains on in a second.
+"""
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from slm.messages import say
+
+SECONDS, TURNS = 6, 3
+NUM_BUSY = (0, 1, 2)
+CONFIGS = {"small_text": ["--config=configs/small_text.yaml", "--data.path=README.md"], "default": []}
+BUSY = "while True: pass"
+TRAIN = """
+import sys, time
+from lightning.pytorch import Callback
+import slm.cli, slm.run.cores
+class Count(Callback):
+    def on_train_start(self, trainer, module):
+        self.seconds = []
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.seconds.append(time.perf_counter())
+        if self.seconds[-1] - self.seconds[0] > SECONDS:
+            trainer.should_stop = True
+    def on_train_end(self, trainer, module):
+        end = self.seconds[-1]
+        later = [s for s in self.seconds if s > self.seconds[0] + SECONDS / 3]  # once it has noticed
+        tokens = trainer.datamodule.hparams["batch_size"] * module.hparams["max_seq_len"]
+        print("rate", (len(later) - 1) * tokens / (end - later[0]))
+"""
+
+
+@contextlib.contextmanager
+def busy_processes(number: int) -> Iterator[None]:
+    """So many processes that never rest."""
+    processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def rate(flags: list[str], gives_way: bool, folder: str) -> float:
+    """Tokens/s of a run, from a third of its time on."""
+    program = TRAIN.replace("SECONDS", str(SECONDS))
+    if not gives_way:
+        program += "slm.run.cores.waited = lambda: None\n"
+    endless = [
+        "max_epochs=-1",
+        "max_steps=1000000",
+        "limit_val_batches=0",
+        "val_check_interval=null",
+        "check_val_every_n_epoch=1",
+        f"default_root_dir={folder}",
+    ]
+    argv = [*flags, *(f"--trainer.{setting}" for setting in endless), "--trainer.callbacks+=__main__.Count"]
+    program += f"slm.cli.main({argv!r})\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("rate ")]
+    if not lines:
+        sys.exit(done.stderr)
+    return float(lines[0].split()[1])
+
+
+def main() -> None:
+    """Print a row for each model and number of busy processes, with the median and the range of three runs."""
+    os.chdir(Path(__file__).parent.parent)
+    print("| model | busy processes | threads give way, tokens/s | they do not |")
+    print("|---|---|---|---|")
+    for name, flags in CONFIGS.items():
+        for number in NUM_BUSY:
+            rates: dict[bool, list[float]] = {True: [], False: []}
+            with busy_processes(number), tempfile.TemporaryDirectory() as folder:
+                for turn in range(TURNS):
+                    say(f"{name} beside {number}, turn {turn + 1} of {TURNS}")
+                    for gives_way in rates:
+                        rates[gives_way].append(rate(flags, gives_way, folder))
+            cells = [f"{statistics.median(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})" for r in rates.values()]
+            print(f"| {name} | {number} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
