@@ -55,14 +55,8 @@ def rate(flags: list[str], gives_way: bool, folder: str) -> float:
     program = TRAIN.replace("SECONDS", str(SECONDS))
     if not gives_way:
         program += "slm.run.cores.waited = lambda: None\n"
-    endless = [
-        "max_epochs=-1",
-        "max_steps=1000000",
-        "limit_val_batches=0",
-        "val_check_interval=null",
-        "check_val_every_n_epoch=1",
-        f"default_root_dir={folder}",
-    ]
+    endless = ["max_epochs=-1", "max_steps=1000000", "val_check_interval=null", "check_val_every_n_epoch=1"]
+    endless += ["limit_val_batches=0", f"default_root_dir={folder}"]
     argv = [*flags, *(f"--trainer.{setting}" for setting in endless), "--trainer.callbacks+=__main__.Count"]
     program += f"slm.cli.main({argv!r})\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))

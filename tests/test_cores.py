@@ -40,7 +40,6 @@ def test_idle_threads_make_more_threads_of_openmp_than_there_are_cores_until_the
     assert 2 + (added - helpers) > len(os.sched_getaffinity(0))
     idle.end()
     assert not any(name.startswith("idle") for name in names())
-    assert num_system_threads() <= before + added - helpers
 
 
 def test_they_are_there_while_threads_wait_for_cores(monkeypatch: pytest.MonkeyPatch) -> None:

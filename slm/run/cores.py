@@ -46,7 +46,7 @@ def gives_way() -> Iterator[None]:
 
 
 def waited() -> float | None:
-    """Seconds that the threads of this process have been ready to run and had no core; None where Linux does not say."""
+    """Seconds that the threads of this process were ready to run and had no core; None where Linux does not say."""
     total = 0
     try:
         for task in Path("/proc/self/task").iterdir():
