@@ -42,6 +42,7 @@ from slm.errors import check
 from slm.hardware import (
     accelerator_kind,
     compile_mode,
+    describe,
     fast_dtype,
     keep_freed_memory,
     tell_compiled_code_by_its_vectors,
@@ -90,6 +91,7 @@ class Clock(Callback):
         self.facts = {
             "precision": trainer.precision_plugin.precision,
             "device": device.type,
+            "machine": describe(device),
             "sizes": {**pl_module.hparams, "batch_size": trainer.datamodule.hparams["batch_size"]},
             "fast_dtype": str(fast_dtype(device)).removeprefix("torch."),
             "optimizer_flops": matmul_flops(trainer.optimizers[0]),
@@ -262,9 +264,9 @@ def explanation(contestants: Mapping[str, Contestant], facts: Mapping[str, Any],
     others = "" if is_alike else "The other loops train with AdamW and without dropout. "
     return (
         f"A step is {flops / 1e9:.1f} GFLOP, {head:.0%} of them in the output layer (vocab_size), and this machine "
-        f"multiplies large matrices at {rate / 1e9:,.0f} GFLOP/s in {facts['precision']}: at that rate a step would "
-        f"take {flops / rate * 1e3:.1f} ms and takes {ours:.1f}. The Trainer, with bar, curves and checkpoints, costs "
-        f"{overhead:+.1%} over the bare loop's {bare:.1f} ms (median of the rounds' ratios). "
+        f"({facts['machine']}) multiplies large matrices at {rate / 1e9:,.0f} GFLOP/s in {facts['precision']}: at that "
+        f"rate a step would take {flops / rate * 1e3:.1f} ms and takes {ours:.1f}. The Trainer, with bar, curves and "
+        f"checkpoints, costs {overhead:+.1%} over the bare loop's {bare:.1f} ms (median of the rounds' ratios). "
         f"{optimizer}{others}Where the share of the "
         "matmul rate is low, the matrices are too small for this machine: a larger batch_size or embed_dim costs less "
         "than it adds, and --model.compile true joins the small operations between them."

@@ -1,5 +1,6 @@
 """What this machine can do."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -90,6 +91,27 @@ def _is_held_back() -> bool:
     return not (has_bf16 and torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
 
 
+def describe(device: torch.device) -> str:
+    """What computes: the name of the GPU, or of the processor, its instructions and how many threads it has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    facts = [_processor(), torch.backends.cpu.get_cpu_capability().replace("DEFAULT", "")]
+    facts[1] += "-bf16" if facts[1] and has_native_bf16() else ""
+    threads = torch.get_num_threads()
+    return ", ".join([*filter(None, facts), f"{threads} thread{'s' if threads > 1 else ''}"])
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
 def fast_dtype(device: torch.device) -> torch.dtype:
     """The type in which this device multiplies matrices fastest, of bf16 and 32 bits."""
     if device.type == "cuda":
@@ -128,6 +150,11 @@ def resolve_precision(asked: str, accelerator: str) -> tuple[str, str | None]:
         return asked, f"precision {asked}: this CPU has no bf16 arithmetic, and is many times faster in 32-true"
     if asked not in ("16-mixed", "16"):
         return asked, None
+    if accelerator == "cuda" and fast_dtype(torch.device("cuda")) == torch.bfloat16:
+        return asked, (
+            f"precision {asked}: gradients are scaled, and the optimizer takes several kernels; this GPU computes "
+            "in bf16 too, which needs neither: --trainer.precision bf16-mixed"
+        )
     if accelerator == "cpu" and has_native_bf16():
         return "bf16-mixed", "precision 16-mixed becomes bf16-mixed: this CPU computes natively in bf16, not in float16"
     if accelerator == "cpu":

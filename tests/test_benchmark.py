@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_report
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,25 @@ def test_the_operations_of_an_optimizer_are_those_that_torch_counts(optimizer: s
         built.step()
     assert matmul_flops(built) == int(counter.get_total_flops())
     assert (matmul_flops(built) > 0) == has_products
+
+
+@pytest.mark.slow
+def test_the_report_of_a_gpu_goes_through_on_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {**SIZES, "embed_dim": 8, "num_heads": 1, "num_layers": 1, "max_seq_len": 16}
+    flags = [f"--model.{name}={value}" for name, value in tiny.items()]
+    flags += ["--data.num_tokens=2000", "--data.batch_size=4", "--trainer.accelerator=cpu"]
+    others = {"beside others", "need a GPU"}  # commands with tests of their own
+    parts = gpu_report.parts
+    kept = lambda *given: {k: v for k, v in parts(*given).items() if not any(name in k for name in others)}  # noqa: E731
+    monkeypatch.setattr(gpu_report, "parts", kept)
+    monkeypatch.setattr(gpu_report, "ROUNDS", 2)
+    with pytest.raises(SystemExit) as exit_info:
+        gpu_report.main(["--output", str(tmp_path / "report.md"), *flags])
+    report = (tmp_path / "report.md").read_text()
+    assert exit_info.value.code == 0, report
+    assert report.count("## ") == 4
+    assert all(f"| {name} | " in report for name in (*gpu_report.DEFAULT, "124 M"))
+    assert "tensors are equal to the bit" in report
 
 
 runs_a_process = partial(pytest.param, marks=pytest.mark.slow)

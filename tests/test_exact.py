@@ -38,6 +38,7 @@ SETTINGS = {
     "validations across epochs": ["--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=7"],
     "limited epochs": ["--trainer.max_epochs=4", "--trainer.limit_train_batches=7", "--trainer.val_check_interval=3"],
     "muon and cosine": ["--model.optimizer=muon", "--model.schedule=cosine", "--model.warmup_steps=3"],
+    "short context": ["--model.short_context_steps=20", "--data.shift_windows=true"],
     "overfitting": ["--trainer.max_epochs=6", "--trainer.overfit_batches=5"],
 }  # fmt: skip
 AT_BATCHES = [

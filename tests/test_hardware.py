@@ -17,8 +17,15 @@ from slm.watch.monitor import ProgressBar, StepMonitor
 
 
 def test_16_mixed_stays_on_cuda_and_becomes_32_bit_on_mps() -> None:
-    assert resolve_precision("16-mixed", "cuda") == ("16-mixed", None)
+    assert resolve_precision("16-mixed", "cuda")[0] == "16-mixed"
     assert resolve_precision("16-mixed", "mps")[0] == "32-true"
+
+
+def test_a_run_in_16_mixed_says_what_it_costs_on_a_gpu_that_has_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_bf16, expected in ((True, "--trainer.precision bf16-mixed"), (False, "None")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bf16: has)
+        assert expected in str(resolve_precision("16-mixed", "cuda")[1])
+    assert resolve_precision("bf16-mixed", "cuda") == ("bf16-mixed", None)
 
 
 def test_another_precision_is_taken_as_asked_and_a_slow_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

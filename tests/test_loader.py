@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from slm.data.windows import CHUNK, ShuffledOrder, StreamOrder, Windows, shuffled
+from slm.data.windows import CHUNK, ShuffledOrder, StreamOrder, Windows, shift_of, shuffled
 
 
 def order(size: int, seed: int = 0, epoch: int = 0) -> list[int]:
@@ -87,3 +87,35 @@ def test_the_order_of_the_stream_can_be_entered_too() -> None:
     assert list(sampler) == [3, 4]
     sampler.set_epoch(2)
     assert list(sampler) == [0, 1, 2, 3, 4]
+
+
+def test_a_shifted_epoch_has_the_same_windows_later_in_the_stream_in_the_same_order() -> None:
+    stream = Windows(torch.arange(103), seq_len=10)
+    plain, shifted = (ShuffledOrder(stream, seed=4, shifts=shifts) for shifts in (False, True))
+    starts = {}
+    for epoch in range(40):
+        for sampler in (plain, shifted):
+            sampler.start_at(epoch, 0)
+        expected = [stream[index][0][0].item() for index in plain]
+        starts[epoch] = [stream[index][0][0].item() for index in shifted]
+        shift = shift_of(10, 4, epoch)
+        assert starts[epoch] == [min(start + shift, 103 - 1 - 10) for start in expected]
+        assert [stream[index][1].tolist() for index in shifted] == [[*range(s + 1, s + 11)] for s in starts[epoch]]
+    assert min(starts[0]) == 0
+    assert {min(first) for first in starts.values()} == set(range(10))
+
+
+def test_a_shifted_epoch_can_be_entered_anywhere() -> None:
+    stream = Windows(torch.arange(103), seq_len=10)
+    sampler = ShuffledOrder(stream, seed=4, shifts=True)
+    sampler.start_at(3, 0)
+    whole = list(sampler)
+    sampler.start_at(3, 6)
+    assert list(sampler) == whole[6:]
+
+
+def test_no_shift_leaves_the_stream() -> None:
+    stream = Windows(torch.arange(10), seq_len=9)
+    assert [stream[0, shift][1].tolist() for shift in range(9)] == [[*range(1, 10)]] * 9
+    with pytest.raises(IndexError):
+        stream[1, 0]

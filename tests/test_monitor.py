@@ -16,7 +16,7 @@ from slm.cli import main
 from slm.data import DummyData
 from slm.run.resume import ExactResume
 from slm.watch import monitor
-from slm.watch.monitor import KnownLimits, ProgressBar, StepMonitor
+from slm.watch.monitor import Forecast, KnownLimits, ProgressBar, StepMonitor
 
 RUN = Path("runs/version_0")
 
@@ -66,6 +66,26 @@ def test_speed_counts_training_and_leaves_out_validation_and_saving(
     flags = {"max_epochs": 3, "log_every_n_steps": 4, "limit_val_batches": limit_val_batches}
     fit(small_model(), data, callbacks=[StepMonitor(), costs], **flags)
     assert costs.speeds == [pytest.approx(8 * 16)] * (3 * 14 - 3)
+
+
+def test_a_run_says_once_how_long_it_takes(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(monitor, "time", clock)
+    fit(small_model(), small_data(batch_size=8), callbacks=[Forecast(), Costs(clock)], max_epochs=20)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "tokens/s" in line]
+    speed, _, times = line.partition(": ")
+    assert speed.startswith("128 tokens/s on ")  # 8 windows of 16 in a second
+    assert times == f"14.0 s an epoch, {(20 * 14 - 3) / 60:.1f} min to go, without validation"
+
+
+def test_a_run_that_is_over_soon_says_nothing_of_it(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(monitor, "time", Clock())
+    fit(small_model(), small_data(), callbacks=[Forecast()])
+    assert "tokens/s" not in capsys.readouterr().err
 
 
 def test_speed_counts_the_tokens_of_an_accumulated_step() -> None:

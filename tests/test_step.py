@@ -61,6 +61,25 @@ def test_a_window_is_stepped_with_the_gradient_of_the_mean_loss_over_its_tokens(
         torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_the_first_steps_read_quarters_of_windows_where_that_is_asked() -> None:
+    data, gradients = small_data(batch_size=30), Gradients()
+    model = small_model(learning_rate=1e-9, short_context_steps=2)
+    twin = copy.deepcopy(model)
+    fit(model, data, callbacks=[gradients], limit_val_batches=0, max_epochs=1)
+    assert data.train_windows is not None
+    order = shuffled(torch.arange(112), 112, 0, 0).tolist()
+    for index, seen in enumerate(gradients.seen):
+        chosen = order[index * 30 : (index + 1) * 30]
+        windows = [data.train_windows[k] for k in chosen]
+        if index < 2:
+            windows = [(t[i : i + 4], u[i : i + 4]) for t, u in windows for i in range(0, 16, 4)]
+        tokens, targets = (torch.stack(part) for part in zip(*windows, strict=True))
+        twin.zero_grad()
+        F.cross_entropy(twin(tokens).flatten(0, 1), targets.flatten()).backward()
+        expected = torch.cat([p.grad.flatten() for p in twin.parameters() if p.grad is not None])
+        torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_the_logged_loss_is_the_mean_over_the_tokens_of_the_whole_step() -> None:
     class Logged(Callback):
         def __init__(self) -> None:

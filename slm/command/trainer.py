@@ -30,7 +30,7 @@ from slm.run.lightning_internals import without_signals
 from slm.run.processes import Processes
 from slm.run.resume import ExactResume
 from slm.run.sharding import FullySharded
-from slm.watch.monitor import KnownLimits, ProgressBar, StepMonitor
+from slm.watch.monitor import Forecast, KnownLimits, ProgressBar, StepMonitor
 from slm.watch.tensorboard import Watch, Watcher
 
 AT_LEAST = {
@@ -188,7 +188,7 @@ def _callbacks(
     if command.subcommand == "fit":
         resume = ExactResume()
         first.append(resume)
-        others += [StepMonitor(), SelfContained()]
+        others += [StepMonitor(), Forecast(), SelfContained()]
         if run is not None:
             has_shards = shards_model(vars(settings.trainer), control.processes.world_size)
             watch = _without_weights(settings.watch) if has_shards else settings.watch

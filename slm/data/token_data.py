@@ -39,6 +39,8 @@ class TokenData(LightningDataModule):
         val_fraction: share of the stream that is held out.
         seed: of the order of the training windows, and of the dummy tokens.
         num_workers: processes that load batches; 0 loads in the training process.
+        shift_windows: whether each epoch but the first cuts the training tokens into windows at other places, so that
+            no token has the same context every time.
 
     Raises:
         InputError: an argument out of range, or (in `setup`) a stream too short for a window in each split.
@@ -64,6 +66,7 @@ class TokenData(LightningDataModule):
         val_fraction: float = 0.1,
         seed: int = 0,
         num_workers: int = 0,
+        shift_windows: bool = False,
     ) -> None:
         super().__init__()
         check(vocab_size >= 1, f"vocab_size={vocab_size} must be at least 1")
@@ -103,8 +106,8 @@ class TokenData(LightningDataModule):
             return
         stream, seq_len = self.stream(), self.hparams["max_seq_len"]
         held_out = self.held_out_stream()
-        order = f"{self.hparams['seed']} {self.hparams['val_fraction']}".encode()
-        self.fingerprint = blake2b(self.digest(stream), digest_size=16, key=order).hexdigest()
+        order = f"{self.hparams['seed']} {self.hparams['val_fraction']}{' shifted' * self.hparams['shift_windows']}"
+        self.fingerprint = blake2b(self.digest(stream), digest_size=16, key=order.encode()).hexdigest()
         if held_out is None:
             num_windows = (len(stream) - 1) // seq_len
             check(
@@ -169,7 +172,9 @@ class TokenData(LightningDataModule):
         if self.trainer is not None and getattr(self.trainer, "overfit_batches", False):
             order = StreamOrder(self.train_windows, self.hparams["batch_size"], **self._share())
         else:
-            order = ShuffledOrder(self.train_windows, self.hparams["seed"], self.hparams["batch_size"], **self._share())
+            shifts = self.hparams["shift_windows"]
+            seed, batch_size = self.hparams["seed"], self.hparams["batch_size"]
+            order = ShuffledOrder(self.train_windows, seed, batch_size, **self._share(), shifts=shifts)
         order.start_at(self._start_epoch, self._start_windows)
         return self._loader(self.train_windows, order)
 

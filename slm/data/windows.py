@@ -21,6 +21,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
     """Consecutive windows over a stream (N,): item k is tokens kT to kT+T and the same one later, each (T,), int64.
 
     Every token but the first is the target of at most one window; what is left at the end is shorter than a window.
+    Item (k, s) is window k moved by s tokens, or as far as the stream has them.
     """
 
     def __init__(self, stream: Tensor, seq_len: int) -> None:
@@ -30,10 +31,11 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return max(0, len(self.stream) - 1) // self.seq_len
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        start = index * self.seq_len
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        number, shift = index if isinstance(index, tuple) else (index, 0)
+        if not 0 <= number < len(self):
+            raise IndexError(f"window {number} of {len(self)}")
+        start = min(number * self.seq_len + shift, len(self.stream) - 1 - self.seq_len)
         window = self.stream[start : start + self.seq_len + 1].long()
         return window[:-1], window[1:]
 
@@ -52,6 +54,12 @@ def shuffled(positions: Tensor, size: int, seed: int, epoch: int) -> Tensor:
     while bool((outside := items >= size).any()):
         items[outside] = _permute(items[outside], half, keys)
     return items
+
+
+def shift_of(seq_len: int, seed: int, epoch: int) -> int:
+    """How many tokens later the windows of this epoch begin: none in the first, any number below T in the others."""
+    digest = blake2b(f"shift {seed} {epoch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % seq_len if epoch else 0
 
 
 def _permute(numbers: Tensor, half: int, keys: list[int]) -> Tensor:
@@ -122,15 +130,29 @@ def share_of(num_windows: int, num_devices: int, rank: int) -> int:
 
 
 class ShuffledOrder(_Order, DistributedSampler[Any]):
-    """The shuffled windows, each once an epoch: a DistributedSampler, which Lightning leaves alone."""
+    """The shuffled windows, each once an epoch: a DistributedSampler, which Lightning leaves alone.
 
-    def __init__(self, windows: Windows, seed: int, batch_size: int = 1, num_devices: int = 1, rank: int = 0) -> None:
+    With `shifts`, the stream is cut at other places in each epoch.
+    """
+
+    def __init__(
+        self,
+        windows: Windows,
+        seed: int,
+        batch_size: int = 1,
+        num_devices: int = 1,
+        rank: int = 0,
+        shifts: bool = False,
+    ) -> None:
         super().__init__(windows, num_devices, rank, seed=seed)
         self.place(windows, batch_size, num_devices, rank)
+        self.shifts = shifts
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int | tuple[int, int]]:
+        shift = shift_of(self.windows.seq_len, self.seed, self.epoch) if self.shifts else 0
         for positions in self.positions():
-            yield from shuffled(positions, len(self.windows), self.seed, self.epoch).tolist()
+            for number in shuffled(positions, len(self.windows), self.seed, self.epoch).tolist():
+                yield (number, shift) if shift else number
 
 
 class StreamOrder(_Order, SequentialSampler):

@@ -24,6 +24,9 @@ from slm.training.step import FiniteGuard, Step, is_logged
 
 Batch = tuple[Tensor, Tensor]
 
+PARTS = 4
+"""Of a window in the steps of short context."""
+
 
 class LanguageModel(LightningModule):
     """A causal language model that trains itself under any Trainer.
@@ -37,6 +40,8 @@ class LanguageModel(LightningModule):
         weight_decay: on matrices and embeddings; biases and norms are not decayed.
         schedule: `plateau` lowers the learning rate when the validation loss stalls, `cosine` over the Trainer's steps.
         warmup_steps: optimizer steps over which the learning rate first rises from near 0, under `cosine`.
+        short_context_steps: optimizer steps in which each window is read as four of a quarter of its length, which
+            costs less attention; what can be learned from the nearest tokens comes first.
         plateau_factor: what the learning rate is multiplied by when the validation loss stalls.
         plateau_patience: how many validations in a row may bring no improvement; the next one without lowers it.
         min_learning_rate: down to which a schedule lowers the learning rate.
@@ -58,6 +63,7 @@ class LanguageModel(LightningModule):
         weight_decay: float = 0.1,
         schedule: Literal["plateau", "cosine"] = "plateau",
         warmup_steps: int = 0,
+        short_context_steps: int = 0,
         plateau_factor: float = 0.5,
         plateau_patience: int = 2,
         min_learning_rate: float = 1e-5,
@@ -69,6 +75,10 @@ class LanguageModel(LightningModule):
         self.save_hyperparameters()  # of a subclass too
         self.save_hyperparameters({**self.network_options(), **options})
         check_ranges(self.hparams)
+        short, seq_len = short_context_steps, options.get("max_seq_len", self.network_options()["max_seq_len"])
+        check(short >= 0, f"short_context_steps={short} must be at least 0")
+        is_whole = short == 0 or seq_len % PARTS == 0
+        check(is_whole, f"short_context_steps={short} needs a max_seq_len, {seq_len}, that {PARTS} divides")
         self.transformer = self.network(**options)
         if activation_checkpointing:
             recompute_activations(self.transformer.blocks)
@@ -119,9 +129,11 @@ class LanguageModel(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         tokens, targets = batch
+        (here, on_all), seq_len = self._windows_in(batch_idx, tokens, is_training=True), tokens.shape[1]
+        if self.trainer.global_step < self.hparams["short_context_steps"]:
+            tokens = tokens.reshape(-1, seq_len // PARTS)
         hidden = self.transformer(tokens).flatten(0, 1)  # (BT, D)
-        here, on_all = self._windows_in(batch_idx, tokens, is_training=True)
-        loss, seq_len = self.loss(hidden, targets.flatten()), tokens.shape[1]
+        loss = self.loss(hidden, targets.flatten())
         return self._step.add(loss, here * seq_len, self.trainer.world_size, on_all * seq_len)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

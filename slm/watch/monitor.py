@@ -1,5 +1,6 @@
 """What a run shows: its bar, its speed, and the known optimum beside the loss."""
 
+import contextlib
 import math
 import sys
 import time
@@ -7,15 +8,21 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 from torchmetrics import SumMetric
 
+from slm.errors import InputError
+from slm.hardware import describe
+from slm.messages import say
 from slm.run.lightning_internals import close_bars
 from slm.training.language_model import LanguageModel
+from slm.training.optimizers import num_steps
 from slm.training.step import is_logged
 
 SPEED = "train/tokens_per_second"
 SECONDS_BETWEEN_REFRESHES = 0.1
+SECONDS_TO_TIME = 2.0
 
 
 class ProgressBar(TQDMProgressBar):
@@ -57,6 +64,53 @@ class ProgressBar(TQDMProgressBar):
         metrics = trainer.callback_metrics
         shown = {"loss": ("train/loss", ".3f"), "val_loss": ("val/loss", ".3f"), "tokens/s": (SPEED, ",.0f")}
         self._shown = {name: format(metrics[tag], style) for name, (tag, style) in shown.items() if tag in metrics}
+
+
+class Forecast(Callback):
+    """Says once, when the first steps are timed, how long the run takes on this machine."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._batches = self._tokens = 0
+        self._is_said = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
+    ) -> None:
+        """Time batches, but for the first of all and the first after a validation."""
+        now = time.perf_counter()
+        if self._is_said:
+            return
+        if self._since is None:
+            self._since, self._batches, self._tokens = now, 0, 0
+            return
+        _, num_windows = trainer.datamodule.windows_in(batch_idx, is_training=True)  # type: ignore[attr-defined]
+        self._batches, self._tokens = self._batches + 1, self._tokens + num_windows * batch[0].shape[1]
+        seconds = now - self._since
+        if seconds < SECONDS_TO_TIME:
+            return
+        self._is_said = True
+        of_a_batch = seconds / self._batches
+        times = [f"{duration(of_a_batch * trainer.num_training_batches)} an epoch"]
+        with contextlib.suppress(InputError):
+            batches = (num_steps(trainer) - trainer.global_step) * trainer.accumulate_grad_batches
+            times.append(f"{duration(of_a_batch * batches)} to go")
+        with Tqdm.external_write_mode(sys.stderr):
+            say(
+                f"{self._tokens / seconds:,.0f} tokens/s on {describe(pl_module.device)}: {', '.join(times)}, without "
+                "validation"
+            )
+
+    def on_validation_start(self, *_: Any) -> None:
+        self._since = None
+
+
+def duration(seconds: float) -> str:
+    """In the unit in which it can be imagined."""
+    for unit, name in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.1f} s"
 
 
 class StepMonitor(Callback):
