@@ -4,19 +4,18 @@ The command trains `small_text` and the default model alone, beside one and besi
 threads that give way (`slm.run.cores`) and without. What it prints is how many tokens it trains on in a second.
 """
 
+import argparse
 import contextlib
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from slm.messages import say
 
-SECONDS, TURNS = 6, 3
-NUM_BUSY = (0, 1, 2)
+ROOT = Path(__file__).parent.parent
 CONFIGS = {"small_text": ["--config=configs/small_text.yaml", "--data.path=README.md"], "default": []}
 BUSY = "while True: pass"
 TRAIN = """
@@ -50,35 +49,39 @@ def busy_processes(number: int) -> Iterator[None]:
             process.wait()
 
 
-def rate(flags: list[str], gives_way: bool, folder: str) -> float:
+def rate(flags: list[str], seconds: float, gives_way: bool, folder: str) -> float:
     """Tokens/s of a run, from a third of its time on."""
-    program = TRAIN.replace("SECONDS", str(SECONDS))
+    program = TRAIN.replace("SECONDS", str(seconds))
     if not gives_way:
         program += "slm.run.cores.waited = lambda: None\n"
     endless = ["max_epochs=-1", "max_steps=1000000", "val_check_interval=null", "check_val_every_n_epoch=1"]
     endless += ["limit_val_batches=0", f"default_root_dir={folder}"]
     argv = [*flags, *(f"--trainer.{setting}" for setting in endless), "--trainer.callbacks+=__main__.Count"]
     program += f"slm.cli.main({argv!r})\n"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     lines = [line for line in done.stdout.splitlines() if line.startswith("rate ")]
     if not lines:
         sys.exit(done.stderr)
     return float(lines[0].split()[1])
 
 
-def main() -> None:
-    """Print a row for each model and number of busy processes, with the median and the range of three runs."""
-    os.chdir(Path(__file__).parent.parent)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a row for each model and number of busy processes, with the median and the range of the turns."""
+    parser = argparse.ArgumentParser(prog="python -m tests.shared_cores")
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2], help="numbers of processes that never rest")
+    parser.add_argument("--seconds", type=float, default=6.0, help="that each run trains")
+    parser.add_argument("--turns", type=int, default=3)
+    asked = parser.parse_args(argv)
     print("| model | busy processes | threads give way, tokens/s | they do not |")
     print("|---|---|---|---|")
     for name, flags in CONFIGS.items():
-        for number in NUM_BUSY:
+        for number in asked.busy:
             rates: dict[bool, list[float]] = {True: [], False: []}
             with busy_processes(number), tempfile.TemporaryDirectory() as folder:
-                for turn in range(TURNS):
-                    say(f"{name} beside {number}, turn {turn + 1} of {TURNS}")
-                    for gives_way in rates:
-                        rates[gives_way].append(rate(flags, gives_way, folder))
+                for turn in range(asked.turns):
+                    say(f"{name} beside {number}, turn {turn + 1} of {asked.turns}")
+                    for gives_way, measured in rates.items():
+                        measured.append(rate(flags, asked.seconds, gives_way, folder))
             cells = [f"{statistics.median(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})" for r in rates.values()]
             print(f"| {name} | {number} | {' | '.join(cells)} |", flush=True)
 

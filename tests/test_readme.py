@@ -24,6 +24,8 @@ MY_MODEL, PYTHON_EXAMPLE = re.findall(r"^```python\n(.*?)^```", README, re.M | r
 STRESS = "python -m tests.stress"
 STRESS_PROCESSES = f"{STRESS} --processes 2"
 PROCESSES_COST = "python -m tests.processes_cost"
+SHARED_CORES = "python -m tests.shared_cores"
+GPU_REPORT = "python -m tests.gpu_report  # needs a GPU"
 FAMILIES = "python -m tests.families --config configs/text.yaml"
 [DOWNLOAD] = [line for line in OTHER if line.startswith("hf download ")]
 [TORCHRUN] = [line for line in OTHER if line.startswith("torchrun ")]
@@ -66,6 +68,8 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
         BENCHMARK,
         RECIPE,
         *SWEEPS,
+        SHARED_CORES,
+        GPU_REPORT,
     ]
     assert DOWNLOAD.endswith("  # needs a network")
 
@@ -196,6 +200,14 @@ def test_the_cost_of_a_second_process_is_measured_beside_a_bare_loop() -> None:
     assert result.returncode == 0, result.stderr
     rows = re.findall(r"^\| (.+?) \| [\d.]+ \([\d.]+ to [\d.]+\) \| [\d.]+ \|$", result.stdout, re.M)
     assert rows == ["slm, one process", "slm, two", "bare loop, two"]
+
+
+@pytest.mark.slow
+def test_training_beside_other_programs_is_measured() -> None:
+    result = run_command(*shlex.split(SHARED_CORES)[1:], "--busy", "1", "--seconds", "2", "--turns", "1", cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"^\| (\w+) \| 1 \| [\d,]+ \([\d,]+ to [\d,]+\) \| [\d,]+ \(.+\) \|$", result.stdout, re.M)
+    assert rows == ["small_text", "default"]
 
 
 @pytest.mark.slow
