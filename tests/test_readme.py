@@ -66,7 +66,6 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
         GENERATE_BENCHMARK,
         DOWNLOAD,
         BENCHMARK,
-        RECIPE,
         *SWEEPS,
         SHARED_CORES,
         GPU_REPORT,
