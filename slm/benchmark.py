@@ -52,6 +52,8 @@ from slm.run.signals import Progress
 from slm.training.optimizers import build_optimizer, matmul_flops
 
 ROUNDS, SWEEP_ROUNDS = 9, 3
+MORE_STEPS = 1_000_000
+"""Than any measurement takes; a schedule needs an end."""
 OURS, BARE, TEACHING, HUGGING_FACE = "slm", "its bare loop", "teaching script", "Hugging Face"
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
 Measured = tuple[dict[str, "Contestant"], dict[str, Any], list[float]]
@@ -192,12 +194,16 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(times)
 
 
+def endless(folder: str) -> list[str]:
+    """Flags of a run in a folder that neither ends by itself nor validates."""
+    settings = ("max_epochs=-1", f"max_steps={MORE_STEPS}", "limit_val_batches=0", f"default_root_dir={folder}")
+    return [f"--trainer.{setting}" for setting in settings]
+
+
 def measure(flags: list[str], rounds: int, with_peers: bool) -> Measured:
     """Let all train in turns; returns them by name, what ours says of itself, and the matmul rates beside them."""
     with tempfile.TemporaryDirectory() as folder:
-        steps = STEPS * (rounds + 2)
-        endless = ["max_epochs=-1", f"max_steps={steps}", "limit_val_batches=0", f"default_root_dir={folder}"]
-        argv = [*flags, *(f"--trainer.{setting}" for setting in endless)]
+        argv = [*flags, *endless(folder)]
         contestants = {OURS: Contestant("slm.benchmark", OURS, *argv)}
         facts = contestants[OURS].first
         if with_peers:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import slm.hardware
-from slm.benchmark import AUTOCAST, OURS, Contestant, flops_per_step, matmul_rate
+from slm.benchmark import AUTOCAST, OURS, Contestant, endless, flops_per_step, matmul_rate
 from slm.benchmark import main as benchmark
 from slm.messages import say
 
@@ -53,16 +53,15 @@ def train(name: str, flags: list[str]) -> None:
     benchmark([OURS, *flags])
 
 
-def compared(variants: dict[str, list[str]], flags: Sequence[str], rounds: int = ROUNDS) -> str:
+def compared(variants: dict[str, list[str]], flags: Sequence[str]) -> str:
     """A table of runs that take turns."""
     contestants: dict[str, Contestant] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ends:
-        endless = [f"--trainer.{s}" for s in ("max_epochs=-1", "max_steps=100000", "limit_val_batches=0")]
         for name, own in variants.items():
-            argv = [*own, *flags, *endless, f"--trainer.default_root_dir={folder}"]
-            contestants[name] = Contestant("tests.gpu_report", "--contestant", name, *argv, is_quiet=True)
+            argv = ["--contestant", name, *own, *flags, *endless(folder)]
+            contestants[name] = Contestant("tests.gpu_report", *argv, is_quiet=True)
             ends.callback(contestants[name].stop)
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             for contestant in contestants.values():
                 contestant.train_a_round()
     return "\n".join(rows(contestants))
@@ -147,12 +146,12 @@ def main(argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text = f"# {slm.hardware.describe(device)}, torch {torch.__version__}\n"
     failed = []
-    is_tiny = bool(argv)
-    for title, part in parts(argv, ["--contexts=[16]", "--rounds=1"] if is_tiny else []).items():
+    tiny = [] if device.type == "cuda" else ["--contexts=[16]", "--rounds=1"]
+    for title, part in parts(argv, tiny).items():
         say(title)
         try:
             body = part()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a contestant that fails has said why
             failed.append(title)
             body = f"FAILED: {error}"
         text += f"\n## {title}\n\n{body}\n"

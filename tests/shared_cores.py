@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from slm.benchmark import endless
 from slm.messages import say
 
 ROOT = Path(__file__).parent.parent
@@ -54,9 +55,7 @@ def rate(flags: list[str], seconds: float, gives_way: bool, folder: str) -> floa
     program = TRAIN.replace("SECONDS", str(seconds))
     if not gives_way:
         program += "slm.run.cores.waited = lambda: None\n"
-    endless = ["max_epochs=-1", "max_steps=1000000", "val_check_interval=null", "check_val_every_n_epoch=1"]
-    endless += ["limit_val_batches=0", f"default_root_dir={folder}"]
-    argv = [*flags, *(f"--trainer.{setting}" for setting in endless), "--trainer.callbacks+=__main__.Count"]
+    argv = [*flags, *endless(folder), "--trainer.callbacks+=__main__.Count"]
     program += f"slm.cli.main({argv!r})\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     lines = [line for line in done.stdout.splitlines() if line.startswith("rate ")]

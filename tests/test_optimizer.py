@@ -121,6 +121,9 @@ def test_a_cosine_without_an_end_is_refused(refused: Callable[..., str]) -> None
 def test_a_warm_up_that_would_be_ignored_is_refused() -> None:
     with pytest.raises(InputError, match="warmup_steps=5 has no effect under schedule=plateau"):
         small_model(warmup_steps=5)
+
+
+def test_a_short_context_that_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match="short_context_steps=-1 must be at least 0"):
         small_model(short_context_steps=-1)
     with pytest.raises(InputError, match="short_context_steps=5 needs a max_seq_len, 18, that 4 divides"):

@@ -9,6 +9,8 @@ import torch
 from slm.errors import check
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
+PARTS = 4
+"""Of a window, in the steps of short context."""
 
 
 def parameters_of(kind: type[Any]) -> dict[str, inspect.Parameter]:
@@ -42,3 +44,7 @@ def check_ranges(hparams: Mapping[str, Any]) -> None:
     check(minimum >= 0, f"min_learning_rate={minimum} must be at least 0")
     falls = schedule != "cosine" or minimum <= learning_rate
     check(falls, f"min_learning_rate={minimum} must be at most learning_rate={learning_rate} under schedule=cosine")
+    short, seq_len = hparams["short_context_steps"], hparams["max_seq_len"]
+    check(short >= 0, f"short_context_steps={short} must be at least 0")
+    is_whole = short == 0 or seq_len % PARTS == 0
+    check(is_whole, f"short_context_steps={short} needs a max_seq_len, {seq_len}, that {PARTS} divides")

@@ -17,15 +17,12 @@ from slm.errors import check
 from slm.hardware import check_can_compile, compile_mode, tell_compiled_code_by_its_vectors
 from slm.model.loss import linear_cross_entropy, sum_and_correct
 from slm.model.transformer import Transformer
-from slm.training.hyperparameters import check_ranges, parameters_of
+from slm.training.hyperparameters import PARTS, check_ranges, parameters_of
 from slm.training.optimizers import build_optimizer, cosine_rate, num_steps, stepped_by
 from slm.training.shards import is_sharded, recompute_activations, shard, whole
 from slm.training.step import FiniteGuard, Step, is_logged
 
 Batch = tuple[Tensor, Tensor]
-
-PARTS = 4
-"""Of a window in the steps of short context."""
 
 
 class LanguageModel(LightningModule):
@@ -75,10 +72,6 @@ class LanguageModel(LightningModule):
         self.save_hyperparameters()  # of a subclass too
         self.save_hyperparameters({**self.network_options(), **options})
         check_ranges(self.hparams)
-        short, seq_len = short_context_steps, options.get("max_seq_len", self.network_options()["max_seq_len"])
-        check(short >= 0, f"short_context_steps={short} must be at least 0")
-        is_whole = short == 0 or seq_len % PARTS == 0
-        check(is_whole, f"short_context_steps={short} needs a max_seq_len, {seq_len}, that {PARTS} divides")
         self.transformer = self.network(**options)
         if activation_checkpointing:
             recompute_activations(self.transformer.blocks)

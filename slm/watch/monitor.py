@@ -66,6 +66,12 @@ class ProgressBar(TQDMProgressBar):
         self._shown = {name: format(metrics[tag], style) for name, (tag, style) in shown.items() if tag in metrics}
 
 
+def tokens_in(trainer: Trainer, batch: tuple[Tensor, Tensor], batch_idx: int) -> int:
+    """How many tokens a training batch has on all devices together."""
+    _, num_windows = trainer.datamodule.windows_in(batch_idx, is_training=True)  # type: ignore[attr-defined]
+    return int(num_windows * batch[0].shape[1])
+
+
 class Forecast(Callback):
     """Says once, when the first steps are timed, how long the run takes on this machine."""
 
@@ -78,14 +84,13 @@ class Forecast(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
         """Time batches, but for the first of all and the first after a validation."""
-        now = time.perf_counter()
         if self._is_said:
             return
+        now = time.perf_counter()
         if self._since is None:
             self._since, self._batches, self._tokens = now, 0, 0
             return
-        _, num_windows = trainer.datamodule.windows_in(batch_idx, is_training=True)  # type: ignore[attr-defined]
-        self._batches, self._tokens = self._batches + 1, self._tokens + num_windows * batch[0].shape[1]
+        self._batches, self._tokens = self._batches + 1, self._tokens + tokens_in(trainer, batch, batch_idx)
         seconds = now - self._since
         if seconds < SECONDS_TO_TIME:
             return
@@ -148,8 +153,7 @@ class StepMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
-        _, num_windows = trainer.datamodule.windows_in(batch_idx, is_training=True)  # type: ignore[attr-defined]
-        num_tokens = num_windows * batch[0].shape[1]
+        num_tokens = tokens_in(trainer, batch, batch_idx)
         self._tokens += num_tokens
         self._window_tokens += num_tokens
         step = trainer.global_step
