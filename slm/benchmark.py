@@ -44,7 +44,7 @@ from slm.hardware import (
     compile_mode,
     describe,
     fast_dtype,
-    keep_freed_memory,
+    prepare_cpu,
     tell_compiled_code_by_its_vectors,
 )
 from slm.messages import say, silence_notices
@@ -296,7 +296,7 @@ def main(argv: list[str]) -> None:
     silence_notices()
     with ends_in_one_line():
         if argv and argv[0] in (OURS, BARE):
-            keep_freed_memory()
+            prepare_cpu()
             if argv[0] == BARE:
                 train_bare(argv[1:])
             else:

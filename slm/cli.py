@@ -17,7 +17,7 @@ from slm.command.trainer import check_trainer, new_trainer, shards_model
 from slm.data import TokenData
 from slm.data.token_data import check_shares
 from slm.errors import InputError, check, leave_at_once
-from slm.hardware import accelerator_kind, keep_freed_memory
+from slm.hardware import accelerator_kind, prepare_cpu
 from slm.messages import say, silence_notices
 from slm.run.checkpoint import RUNS, best_checkpoint, load_weights, read_checkpoint
 from slm.run.control import Control
@@ -34,7 +34,7 @@ from slm.watch.tensorboard import show_in_tensorboard
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line. One of several processes does not come back from it, but ends with it."""
     silence_notices()
-    keep_freed_memory()
+    prepare_cpu()
     with ends_in_one_line(), stopped_by_signals() as progress:
         processes = launched_processes()
         control = progress.control = Control(processes)

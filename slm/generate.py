@@ -16,7 +16,7 @@ from slm.command.flags import new_parser, parse_flags
 from slm.data.documents import MARK, read_text
 from slm.data.text_stream import TextStream, stored_tokenizer
 from slm.errors import InputError, check
-from slm.hardware import keep_freed_memory, writing_device
+from slm.hardware import prepare_cpu, writing_device
 from slm.messages import say
 from slm.model.sampling import Sampler, decode
 from slm.run.checkpoint import open_checkpoint
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt_file", action="append", default=[], help="a UTF-8 file that is one; likewise")
     parser.add_class_arguments(Settings, skip={"stop"})
     parser.add_argument("--stop", action="append", default=[], help="a text that ends what is written; likewise")
-    keep_freed_memory()
+    prepare_cpu()
     with ends_in_one_line():
         given = vars(parse_flags(parser, argv))
         prompts = [

@@ -15,7 +15,7 @@ from slm.command.exit_codes import ends_in_one_line
 from slm.command.flags import new_parser, parse_flags
 from slm.errors import InputError, check
 from slm.formats.hugging_face import as_transformers
-from slm.hardware import keep_freed_memory, writing_device
+from slm.hardware import prepare_cpu, writing_device
 from slm.messages import say
 from slm.model.sampling import Sampler, decode
 from slm.training.language_model import LanguageModel
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = new_parser("generate_benchmark")
     parser.add_function_arguments(measure)
-    keep_freed_memory()
+    prepare_cpu()
     with ends_in_one_line():
         measure(**vars(parse_flags(parser, argv)))
 

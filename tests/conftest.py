@@ -24,6 +24,7 @@ from slm.command.trainer import check_trainer, new_trainer
 from slm.data import DummyData, TextData, TokenData
 from slm.data.tokenizer import train_bpe
 from slm.errors import InputError
+from slm.hardware import prepare_cpu
 from slm.training.language_model import LanguageModel
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,7 @@ UNSHOWN = [f"--watch.{part}=false" for part in ("samples", "attention", "embeddi
 RHYME = "one two three four five six seven. "
 
 torch.set_num_threads(1)
+prepare_cpu()
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
