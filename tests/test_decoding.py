@@ -9,7 +9,7 @@ from conftest import likeliest, small_model
 from torch import Tensor
 
 from slm.errors import InputError
-from slm.model.sampling import Sampler, decode, draw_by_a_race, draw_from_sums, without_call_overhead
+from slm.model.sampling import NUMBERS_AT_ONCE, Race, Sampler, SumsOfProbabilities, decode, without_call_overhead
 from slm.model.transformer import CausalSelfAttention, KVCache, Transformer
 
 
@@ -150,11 +150,11 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
     assert torch.bincount(drawn, minlength=20) / 4000 == pytest.approx(expected, abs=0.03)
 
 
-@pytest.mark.parametrize("draw", [draw_from_sums, draw_by_a_race])
-def test_both_ways_draw_with_the_same_probabilities(draw: Any) -> None:
+@pytest.mark.parametrize("way", [SumsOfProbabilities, Race])
+def test_both_ways_draw_with_the_same_probabilities(way: Any) -> None:
     probabilities = torch.tensor([0.0, 0.5, 0.3, 0.2, 0.0])
     generators = [torch.Generator().manual_seed(row) for row in range(4000)]
-    counts = torch.bincount(draw(probabilities.expand(4000, 5), generators), minlength=5)
+    counts = torch.bincount(way(generators)(probabilities.expand(4000, 5)), minlength=5)
     assert counts / 4000 == pytest.approx(probabilities, abs=0.03)
     assert counts[0] == counts[4] == 0
 
@@ -189,7 +189,7 @@ def test_a_sequence_is_drawn_the_same_whatever_is_drawn_beside_it() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     together = Sampler(seed=5, batch_size=3)
     alone = [Sampler(seed=5 + row) for row in range(3)]
-    for _ in range(20):
+    for _ in range(NUMBERS_AT_ONCE + 5):
         assert together(logits).tolist() == [int(sampler(logits[row : row + 1])) for row, sampler in enumerate(alone)]
 
 

@@ -20,6 +20,7 @@ SINKS = 4
 """The first tokens of a sequence, which are never forgotten."""
 SMALLEST_TEMPERATURE = 1e-30
 """Logits divided by less may no longer be finite; divided by this, the likeliest token has all of the probability."""
+NUMBERS_AT_ONCE = 64
 
 
 @torch.inference_mode()
@@ -105,23 +106,25 @@ class Sampler:
         check(0 <= seed < 2**63, f"seed={seed} must be at least 0 and below 2**63")
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self._seeds = range(seed, seed + batch_size)
-        self._generators: list[torch.Generator] = []
+        self._draw: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Tokens (B,) from logits (B, V), on their device; raises InputError where these are not finite."""
         assert len(logits) == len(self._seeds)
         if self.temperature == 0:
             likeliest = logits.max(-1)
-            _check_finite(likeliest.values)
+            _check_finite(likeliest.values.float())
             return likeliest.indices
-        if not self._generators:
-            self._generators = [torch.Generator(logits.device).manual_seed(seed) for seed in self._seeds]
-        draw = draw_from_sums if logits.device.type == "cpu" else draw_by_a_race
-        return draw(self.probabilities(logits), self._generators)
+        if self._draw is None:
+            generators = [torch.Generator(logits.device).manual_seed(seed) for seed in self._seeds]
+            self._draw = SumsOfProbabilities(generators) if logits.device.type == "cpu" else Race(generators)
+        return self._draw(self.probabilities(logits))
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What is drawn from, (B, V), for a temperature above 0; its sum is the share that `top_p` leaves."""
-        logits = logits.float() / max(self.temperature, SMALLEST_TEMPERATURE)
+        logits = logits.float()
+        if self.temperature != 1:
+            logits = logits / max(self.temperature, SMALLEST_TEMPERATURE)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -math.inf)
         probabilities = logits.softmax(-1)
@@ -132,26 +135,49 @@ class Sampler:
         return probabilities
 
 
-def draw_from_sums(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Tokens (B,) with these probabilities (B, V), by one random number each.
+class SumsOfProbabilities:
+    """Draws tokens (B,) with probabilities (B, V), by one random number each.
 
     Not for a GPU, whose running sums differ from call to call and may even fall.
+
+    Args:
+        generators: one for each sequence.
     """
-    cumulated = probabilities.cumsum(-1)
-    total = cumulated[:, -1:]
-    _check_finite(total)
-    drawn = 1 - torch.cat([torch.rand(1, generator=generator) for generator in generators])  # in (0, 1]
-    return torch.searchsorted(cumulated, drawn[:, None] * total)[:, 0]
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self._numbers = self._random_numbers(generators)
+
+    def __call__(self, probabilities: Tensor) -> Tensor:
+        cumulated = probabilities.cumsum(-1)
+        total = cumulated[:, -1:]
+        _check_finite(total)
+        return torch.searchsorted(cumulated, next(self._numbers) * total)[:, 0]
+
+    def _random_numbers(self, generators: Sequence[torch.Generator]) -> Iterator[Tensor]:
+        """Columns (B, 1) in (0, 1], of which many are drawn at once: calls take longer than numbers."""
+        while True:
+            drawn = [torch.rand(NUMBERS_AT_ONCE, generator=generator) for generator in generators]
+            yield from (1 - torch.stack(drawn)).split(1, dim=1)
 
 
-def draw_by_a_race(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """The same without running sums: of exponential times over probabilities, the shortest is drawn that often."""
-    _check_finite(probabilities.sum(-1))
-    times = torch.empty_like(probabilities)
-    for row, generator in zip(times, generators, strict=True):
-        row.exponential_(generator=generator)
-    return (probabilities / times).argmax(-1)
+class Race:
+    """Draws the same without running sums: of exponential times over probabilities, the shortest is drawn that often.
+
+    Args:
+        generators: one for each sequence.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self._generators = generators
+
+    def __call__(self, probabilities: Tensor) -> Tensor:
+        _check_finite(probabilities.sum(-1))
+        times = torch.empty_like(probabilities)
+        for row, generator in zip(times, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return (probabilities / times).argmax(-1)
 
 
 def _check_finite(values: Tensor) -> None:
-    check(bool(values.isfinite().all()), "the model's logits are not finite: take a checkpoint from before it diverged")
+    is_finite = math.isfinite(values.sum().item())
+    check(is_finite, "the model's logits are not finite: take a checkpoint from before it diverged")
