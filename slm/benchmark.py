@@ -87,6 +87,8 @@ class Clock(Callback):
         check(devices == 1, f"{devices} devices: the benchmark measures one, add --trainer.devices 1")
         is_known = plugin.precision in ("32-true", *AUTOCAST)
         check(is_known, f"trainer.precision={plugin.precision}: the other loops know 32-true, bf16-mixed and 16-mixed")
+        short = pl_module.hparams["short_context_steps"]
+        check(short == 0, f"model.short_context_steps={short}: the other loops read whole windows, give it 0")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         device = trainer.strategy.root_device

@@ -7,6 +7,7 @@ is known, and one that fails says so in its place.
 
 import contextlib
 import io
+import re
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,15 @@ ROOT = Path(__file__).parent.parent
 ROUNDS = 5
 BATCH_SIZES = (128, 64, 32, 16, 8, 4, 2, 1)
 SMALL_BATCH = 8
-PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "A10G": 70e12}
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+}
 """FLOP/s in bf16 with dense matrices, by NVIDIA's data sheets."""
 WITHOUT_GRAPHS, WITHOUT_FUSION = "no CUDA graph", "AdamW not fused"
 BF16, COMPILED = ["--trainer.precision=bf16-mixed"], ["--model.compile=true"]
@@ -76,7 +85,7 @@ def rows(contestants: dict[str, Contestant]) -> Iterator[str]:
         low, median, high = statistics.quantiles(contestant.milliseconds, n=4, method="inclusive")
         speed = flops_per_step(sizes) / (median / 1e3)
         rate = matmul_rate(facts["device"], getattr(torch, AUTOCAST.get(facts["precision"], "float32")))
-        peak = next((value for gpu, value in PEAKS.items() if gpu in facts["machine"]), None)
+        peak = next((value for gpu, value in PEAKS.items() if re.search(rf"{gpu}\b", facts["machine"])), None)
         tokens = sizes["batch_size"] * sizes["max_seq_len"] / (median / 1e3)
         yield (
             f"| {name} | {facts['precision']} | {sizes['batch_size']} | {median:.2f} ({low:.2f} to {high:.2f}) "

@@ -89,9 +89,20 @@ runs_a_process = partial(pytest.param, marks=pytest.mark.slow)
             ["--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2: the benchmark counts"
         ),
         runs_a_process(["--trainer.precision=bf16-true"], "trainer.precision=bf16-true: the other loops know"),
+        runs_a_process(["--model.short_context_steps=4"], "model.short_context_steps=4: the other loops read whole"),
         runs_a_process(["--model.embed_dim", "130"], "embed_dim=130 is not divisible by num_heads=4"),
     ],
-    ids=["subcommand", "checkpoint", "checkpoint by =", "values", "order", "accumulation", "precision", "flag"],
+    ids=[
+        "subcommand",
+        "checkpoint",
+        "checkpoint by =",
+        "values",
+        "order",
+        "accumulation",
+        "precision",
+        "short",
+        "flag",
+    ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
     flags: list[str], message: str, workdir: Path, capfd: pytest.CaptureFixture[str]

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import small_data
 
 from slm.data.windows import CHUNK, ShuffledOrder, StreamOrder, Windows, shift_of, shuffled
 
@@ -103,6 +104,25 @@ def test_a_shifted_epoch_has_the_same_windows_later_in_the_stream_in_the_same_or
         assert [stream[index][1].tolist() for index in shifted] == [[*range(s + 1, s + 11)] for s in starts[epoch]]
     assert min(starts[0]) == 0
     assert {min(first) for first in starts.values()} == set(range(10))
+
+
+def test_shifted_windows_are_the_training_data_s_alone() -> None:
+    plain, shifted = small_data(batch_size=10, seed=4), small_data(batch_size=10, seed=4, shift_windows=True)
+    for data in (plain, shifted):
+        data.setup()
+    assert plain.fingerprint != shifted.fingerprint
+    for mine, other in zip(shifted.val_dataloader(), plain.val_dataloader(), strict=True):
+        assert torch.equal(mine[0], other[0])
+    epoch = 1
+    shift = shift_of(16, 4, epoch)
+    assert shift > 0
+    tokens = []
+    for data in (plain, shifted):
+        data.start_at(epoch, 0)
+        loader = data.train_dataloader()
+        tokens.append(torch.cat([batch for batch, _ in loader]))
+    in_the_stream = tokens[0][:, shift:] == tokens[1][:, :-shift]  # but where the stream ends
+    assert in_the_stream.all(dim=1).sum() >= len(in_the_stream) - 1
 
 
 def test_a_shifted_epoch_can_be_entered_anywhere() -> None:

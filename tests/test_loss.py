@@ -126,11 +126,20 @@ def test_a_target_whose_probability_rounds_to_nothing_has_its_true_loss(dtype: t
 def test_no_exponential_of_the_largest_small_logit_overflows(sign: float, dtype: torch.dtype) -> None:
     hidden = torch.full((24, 15), 2.0 * sign, dtype=dtype, requires_grad=True)
     weight = torch.full((10_000, 15), 2.0, dtype=dtype, requires_grad=True)
-    assert slm_loss._has_small_logits(hidden * 0.99, weight)
     assert not slm_loss._has_small_logits(hidden * 1.01, weight)
+    hidden = (hidden * 0.99).detach().requires_grad_()
+    assert slm_loss._has_small_logits(hidden, weight)
     given = hidden, weight, torch.arange(24)
     for mine, other in zip(*(values_and_gradients(f, *given) for f in (linear_cross_entropy, whole)), strict=True):
         torch.testing.assert_close(mine.float(), other.float(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("vocab_size", [99, 100, 250])
+def test_rows_of_16_bits_are_summed_whole(vocab_size: int) -> None:
+    rows = torch.rand(5, vocab_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sums = slm_loss._sum_of_rows(rows)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums, rows.float().sum(-1), rtol=4e-3, atol=0.0)
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)

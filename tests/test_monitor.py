@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SMALL_FLAGS, fit, small_data, small_model
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -78,6 +79,36 @@ def test_a_run_says_once_how_long_it_takes(
     speed, _, times = line.partition(": ")
     assert speed.startswith("128 tokens/s on ")  # 8 windows of 16 in a second
     assert times == f"14.0 s an epoch, {(20 * 14 - 3) / 60:.1f} min to go, without validation"
+
+
+def test_it_is_said_however_short_the_epochs_are(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(monitor, "time", clock)
+    fit(small_model(), small_data(), callbacks=[Forecast(), Costs(clock)], limit_train_batches=2, max_epochs=20)
+    assert "2.0 s an epoch, 36.0 s to go, without validation" in capsys.readouterr().err
+
+
+def test_a_run_takes_no_longer_than_it_may(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(monitor, "time", clock)
+    monkeypatch.setattr(Timer, "time_remaining", lambda self: 100.0)
+    watched = [Forecast(), Costs(clock)]
+    fit(small_model(), small_data(batch_size=8), callbacks=watched, max_epochs=20, max_time="00:00:10:00")
+    assert "14.0 s an epoch, 100.0 s to go, without validation" in capsys.readouterr().err
+
+
+def test_what_is_timed_with_windows_in_quarters_is_not_promised_of_whole_ones(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(monitor, "time", clock)
+    model = small_model(short_context_steps=50)
+    fit(model, small_data(batch_size=8), callbacks=[Forecast(), Costs(clock)], max_epochs=20)
+    assert "without validation, and more once windows are read whole" in capsys.readouterr().err
 
 
 def test_a_run_that_is_over_soon_says_nothing_of_it(

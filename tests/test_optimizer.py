@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fit, small_data, small_model
+from conftest import SMALL_FLAGS, fit, small_data, small_model
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 
@@ -123,11 +123,14 @@ def test_a_warm_up_that_would_be_ignored_is_refused() -> None:
         small_model(warmup_steps=5)
 
 
-def test_a_short_context_that_cannot_be_is_refused() -> None:
+def test_a_short_context_that_cannot_be_is_refused(refused: Callable[..., str]) -> None:
     with pytest.raises(InputError, match="short_context_steps=-1 must be at least 0"):
         small_model(short_context_steps=-1)
     with pytest.raises(InputError, match="short_context_steps=5 needs a max_seq_len, 18, that 4 divides"):
         small_model(short_context_steps=5, max_seq_len=18)
+    flags = [*SMALL_FLAGS, "--model.short_context_steps=8", "--trainer.max_steps=8"]
+    assert "short_context_steps=8 must be less than the 8 steps of the run" in refused(*flags)
+    assert "give --trainer.max_epochs or --trainer.max_steps" in refused(*flags[:-1], "--trainer.max_epochs=-1")
 
 
 def test_the_rate_of_a_step_needs_nothing_but_its_number() -> None:

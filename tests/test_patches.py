@@ -16,7 +16,8 @@ from slm import export, runs
 from slm.cli import main
 from slm.errors import InputError
 from slm.model.sampling import decode
-from slm.run.checkpoint import read_checkpoint
+from slm.run.checkpoint import open_checkpoint, read_checkpoint
+from slm.run.loading import restore_network
 from slm.training.optimizers import build_optimizer
 
 Run = Callable[..., str]
@@ -58,6 +59,7 @@ def test_a_swap_trains_resumes_exactly_writes_from_its_cache_and_is_listed(
         assert torch.equal(weights, ends[1]["state_dict"][name]), name
 
     model = package.load("runs/version_0")
+    assert type(restore_network(*open_checkpoint("runs/version_0", "best"))) is type(model.transformer)
     check_cache(model)
     slm(*SIZES, *COMMON, *DUMMY, "--trainer.max_epochs=1")
     runs.main([])
@@ -139,3 +141,22 @@ def test_a_file_alone_does_not_choose_whose_code_is_imported(slm: Run, monkeypat
         package.load("weights.pt")
     with pytest.raises(SystemExit):
         main(["validate", "--ckpt_path=weights.pt"])
+
+
+class Scaled(package.LanguageModel):
+    """Changes its network after that is made."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.transformer.final_norm.eps = 0.5
+
+
+def test_what_a_class_does_to_its_network_is_done_where_the_network_alone_is_read() -> None:
+    model = Scaled(**SMALL)
+    name = f"{__name__}.Scaled"
+    content = {
+        "hyper_parameters": dict(model.hparams),
+        "model_class": name,
+        "state_dict": model.transformer.state_dict(),
+    }
+    assert restore_network(Path("scaled.pt"), content).final_norm.eps == 0.5

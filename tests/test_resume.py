@@ -24,6 +24,8 @@ from slm import generate
 from slm.errors import InputError, NotWrittenError
 from slm.run import checkpoint as checkpoints
 from slm.run.checkpoint import newest_run, read_checkpoint, resolve_checkpoint
+from slm.run.loading import restore_network
+from slm.training.hyperparameters import TRAINING_OPTIONS, parameters_of
 
 Run = Callable[..., str]
 RUN = Path("runs/version_0")
@@ -406,10 +408,21 @@ def test_a_run_cannot_go_on_from_bare_weights(trained: Path, refused: Run) -> No
     assert "holds weights alone" in message
 
 
-@pytest.mark.parametrize("change", ["seed=5", "num_tokens=3000", "source=uniform", "val_fraction=0.2"])
+@pytest.mark.parametrize(
+    "change", ["seed=5", "num_tokens=3000", "source=uniform", "val_fraction=0.2", "shift_windows=True"]
+)
 def test_a_run_is_not_led_on_with_other_data(trained: Path, refused: Run, change: str) -> None:
     name, _, value = change.partition("=")
     assert f"data.{name}={value} cannot apply to a run" in refused("--ckpt_path=last", f"--data.{change}")
+
+
+def test_an_option_that_the_run_did_not_know_yet_had_its_default_there(trained: Path, slm: Run, refused: Run) -> None:
+    config = RUN / "config.yaml"
+    config.write_text(re.sub("^ +(shift_windows|short_context_steps): .*\n", "", config.read_text(), flags=re.M))
+    message = "data.shift_windows=True cannot apply to a run that was trained with False"
+    assert message in refused("--ckpt_path=last", "--data.shift_windows=true")
+    output = slm("--ckpt_path=last", "--model.short_context_steps=1", "--trainer.max_epochs=3")
+    assert "model.short_context_steps is now 1 (the run had 0)" in output
 
 
 def test_other_data_is_taken_where_that_is_meant_and_then_the_best_is_forgotten(slm: Run, trained: Path) -> None:
@@ -549,6 +562,14 @@ def test_weights_that_do_not_fit_are_refused(trained: Path, refused: Run) -> Non
     assert "part.pt does not fit this version" in refused("validate", "--ckpt_path=part.pt", "--data=DummyData")
     with pytest.raises(InputError, match=r"part.pt does not fit this version"):
         package.load("part.pt")
+
+
+def test_an_option_that_is_not_known_here_is_refused_where_the_network_alone_is_read(trained: Path) -> None:
+    assert parameters_of(package.LanguageModel).keys() == TRAINING_OPTIONS
+    content = torch.load(RUN / "simple_language_model.pt", weights_only=True)
+    content["hyper_parameters"]["window"] = 64
+    with pytest.raises(InputError, match=r"new.pt does not fit this version of the model: .*'window'"):
+        restore_network(Path("new.pt"), content)
 
 
 @pytest.mark.parametrize("hparams", [{"lr": 1.0}, [1], {"vocab_size": torch.zeros(1)}])

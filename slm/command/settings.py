@@ -22,8 +22,9 @@ from slm.messages import say
 from slm.paths import PATHS, expand_paths
 from slm.run.checkpoint import RUNS, WEIGHTS_NAME, last_checkpoint, newest_run, open_checkpoint, resolve_checkpoint
 from slm.run.job import run_of_job
-from slm.run.loading import check_applicable, class_path_of, import_model, is_ours, model_named_in
+from slm.run.loading import check_applicable, class_path_of, import_class, import_model, is_ours, model_named_in
 from slm.run.processes import Processes
+from slm.training.hyperparameters import parameters_of
 from slm.training.language_model import LanguageModel
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -178,7 +179,7 @@ def read_command(argv: Sequence[str], processes: Processes | None = None) -> Com
     elif start.settings:
         if start.content:
             check_applicable(start.content["hyper_parameters"], dict(settings.model), model_class)
-        is_other_data_meant = _say_what_changed(start, settings, asked.subcommand == "fit")
+        is_other_data_meant = _say_what_changed(start, settings, model_class, asked.subcommand == "fit")
     return Command(asked.subcommand, settings, start, model_class, is_other_data_meant, parser)
 
 
@@ -374,8 +375,10 @@ def _keep_shapes(settings: Namespace, start: Start, model_class: type[LanguageMo
         settings.model[name] = has
 
 
-def _say_what_changed(start: Start, settings: Namespace, is_fitting: bool) -> bool:
+def _say_what_changed(start: Start, settings: Namespace, model_class: type[LanguageModel], is_fitting: bool) -> bool:
     """Say which settings differ from those that belong to the checkpoint; returns whether other data is meant.
+
+    An option that came after the run was made had its default there.
 
     Raises:
         InputError: a run would go on with other data, on which its best loss means nothing, and that is not meant; or
@@ -391,6 +394,10 @@ def _say_what_changed(start: Start, settings: Namespace, is_fitting: bool) -> bo
     of_text = ("path", "val_path", "glob", "text_field", "errors")  # which is told by its fingerprint
     harmless = ("batch_size", "num_workers", *(of_text if start.goes_on else []))
     before, now = dict(flat(start.settings)), dict(flat(settings.as_dict()))
+    of_data = parameters_of(import_class(settings.data.class_path, "data"))
+    for group, parameters in (("model", model_class.signature().parameters), ("data", of_data)):
+        if group in start.settings:
+            before = {f"{group}.{name}": parameter.default for name, parameter in parameters.items()} | before
     for name in sorted(before.keys() & now.keys() - {"config"}):
         stored, value = before[name], now[name]
         if value == stored or (start.run is None and not name.startswith(("model.", "data."))):

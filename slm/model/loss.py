@@ -42,8 +42,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """Mean cross-entropy, in nats, of the logits `hidden @ weight.T`; differentiable once, in hidden and weight.
 
     Equal to `F.cross_entropy(F.linear(hidden, weight).float(), targets)`. Under autocast the matrix products run in its
-    type, with probabilities rounded to it; gradients of the weight are added up in at least 32 bits, and scaled last,
-    so that a gradient scaler keeps small ones.
+    type, on probabilities or exponentials rounded to it; gradients of the weight are added up in at least 32 bits, and
+    scaled last, so that a gradient scaler keeps small ones.
 
     Args:
         hidden: (N, D).
@@ -130,15 +130,15 @@ def _from_exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor,
     exponentials[rows, targets] = 0.0
     others = _sum_of_rows(exponentials)  # so that a small loss keeps all its bits: it is log(1 + others / exp(target))
     exponentials[rows, targets] = -others.to(logits.dtype)
-    return F.softplus(others.log() - target), exponentials, (others + target.exp())[:, None]
+    return F.softplus(others.log() - target, threshold=40), exponentials, (others + target.exp())[:, None]
 
 
 def _from_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, None]:
     """The losses (R,) and the gradient of the logits (R, V): p - 1 at the target, and p elsewhere."""
-    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(exact, targets, reduction="none")
-    probabilities = torch.softmax(logits, -1)
+    exact = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
     rows = torch.arange(len(targets), device=targets.device)
+    losses = -exact[rows, targets]
+    probabilities = exact.exp_().to(logits.dtype)
     probabilities[rows, targets] = torch.expm1(-losses).to(logits.dtype)  # p - 1, unrounded
     return losses, probabilities, None
 

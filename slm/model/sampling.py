@@ -157,7 +157,7 @@ class SumsOfProbabilities:
         """Columns (B, 1) in (0, 1], of which many are drawn at once: calls take longer than numbers."""
         while True:
             drawn = [torch.rand(NUMBERS_AT_ONCE, generator=generator) for generator in generators]
-            yield from (1 - torch.stack(drawn)).split(1, dim=1)
+            yield from (1 - torch.stack(drawn, dim=1))[:, :, None].unbind()
 
 
 class Race:

@@ -27,8 +27,9 @@ import torch
 
 INTERVAL = 1.0
 """Seconds between two looks."""
-MOST_WAITING, LEAST_WAITING = 0.2, 0.05
-"""Seconds of waiting for a core, of all threads, in a second: from which on threads give way, and until when."""
+MOST_WAITING, LEAST_WAITING = 0.1, 0.025
+"""Share of their time that threads wait for a core: from which on they give way, and until when."""
+MOST_HELPERS = 32
 ELEMENTS_OF_A_THREAD = 2**16
 """torch gives a thread at least half as many elements of a tensor to work on."""
 
@@ -37,10 +38,11 @@ ELEMENTS_OF_A_THREAD = 2**16
 def gives_way() -> Iterator[None]:
     """While the body runs, let the threads of this process give way where other programs want their cores.
 
-    Nothing happens where that cannot be known (other systems than Linux), or where the user has said how threads wait.
+    Nothing happens where that cannot be known (other systems than Linux), where the user has said how threads wait, or
+    where it would take more than 32 helpers: few threads on many cores.
     """
     is_settled = torch.get_num_threads() == 1 or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
-    if is_settled or waited() is None:
+    if is_settled or waited() is None or num_helpers() > MOST_HELPERS:
         yield
         return
     is_over = threading.Event()
@@ -69,7 +71,7 @@ def _watch(is_over: threading.Event) -> None:
     before, added = waited(), None
     while not is_over.wait(INTERVAL):
         now = waited()
-        share = max(0.0, (now or 0.0) - (before or 0.0)) / INTERVAL
+        share = 0.0 if now is None or before is None else (now - before) / INTERVAL / torch.get_num_threads()
         before = now
         if added is None and share > MOST_WAITING:
             added = IdleThreads()
@@ -80,23 +82,32 @@ def _watch(is_over: threading.Event) -> None:
         added.end()
 
 
+def num_helpers() -> int:
+    """How many teams of OpenMP, of as many threads as torch uses, it takes to have more threads than cores."""
+    team, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    return -(-(cores + 1 - team) // (team - 1))
+
+
 class IdleThreads:
     """Threads of OpenMP that do nothing, so many that there are more of these than cores."""
 
     def __init__(self) -> None:
         self._is_over = threading.Event()
         self._threads: list[threading.Thread] = []
-        team, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-        for number in range(-(-(cores + 1 - team) // (team - 1))):
+        team = torch.get_num_threads()
+        for number in range(num_helpers()):
             is_there = threading.Event()
             thread = threading.Thread(target=self._idle, args=(is_there, team), name=f"idle {number}", daemon=True)
-            thread.start()
-            is_there.wait()
-            self._threads.append(thread)
+            with contextlib.suppress(RuntimeError):  # the system allows no more threads
+                thread.start()
+                is_there.wait()
+                self._threads.append(thread)
 
     def _idle(self, is_there: threading.Event, team: int) -> None:
-        torch.empty(team * ELEMENTS_OF_A_THREAD).fill_(0.0)  # OpenMP keeps a team for each thread that has needed one
-        is_there.set()
+        try:
+            torch.empty(team * ELEMENTS_OF_A_THREAD).fill_(0.0)  # OpenMP keeps a team for each thread that needed one
+        finally:
+            is_there.set()
         self._is_over.wait()
 
     def end(self) -> None:

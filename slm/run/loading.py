@@ -11,7 +11,7 @@ import torch
 from slm.errors import InputError, check
 from slm.model.transformer import Transformer
 from slm.run.checkpoint import load_weights, open_checkpoint
-from slm.training.hyperparameters import parameters_of
+from slm.training.hyperparameters import TRAINING_OPTIONS
 
 if TYPE_CHECKING:
     from slm.training.language_model import LanguageModel
@@ -42,11 +42,11 @@ def restore(path: Path, content: dict[str, Any]) -> "LanguageModel":
 
 
 def restore_network(path: Path, content: dict[str, Any]) -> Transformer:
-    """Its network alone, for which nothing of Lightning is imported unless a class of another's needs that."""
-    class_path = model_named_in(content, path)
-    kind = Transformer if class_path is None else import_model(class_path).network
-    hparams = content["hyper_parameters"]
-    network = _made(kind, {name: hparams[name] for name in parameters_of(kind) if name in hparams}, path)
+    """Its network alone, for which nothing of Lightning is imported where the model is a plain LanguageModel."""
+    if model_named_in(content, path) is not None:
+        return restore(path, content).transformer
+    options = {name: value for name, value in content["hyper_parameters"].items() if name not in TRAINING_OPTIONS}
+    network = _made(Transformer, options, path)
     load_weights(network, content, path)
     return network.eval()
 

@@ -9,6 +9,22 @@ import torch
 from slm.errors import check
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
+TRAINING_OPTIONS = frozenset(
+    {
+        "learning_rate",
+        "optimizer",
+        "weight_decay",
+        "schedule",
+        "warmup_steps",
+        "short_context_steps",
+        "plateau_factor",
+        "plateau_patience",
+        "min_learning_rate",
+        "compile",
+        "activation_checkpointing",
+    }
+)
+"""The options of LanguageModel that are not the network's, which can be known here without importing it."""
 PARTS = 4
 """Of a window, in the steps of short context."""
 

@@ -38,7 +38,8 @@ class LanguageModel(LightningModule):
         schedule: `plateau` lowers the learning rate when the validation loss stalls, `cosine` over the Trainer's steps.
         warmup_steps: optimizer steps over which the learning rate first rises from near 0, under `cosine`.
         short_context_steps: optimizer steps in which each window is read as four of a quarter of its length, which
-            costs less attention; what can be learned from the nearest tokens comes first.
+            costs less attention; what can be learned from the nearest tokens comes first. Learned positions beyond a
+            quarter are not trained until then. It needs a run that has an end, after these steps.
         plateau_factor: what the learning rate is multiplied by when the validation loss stalls.
         plateau_patience: how many validations in a row may bring no improvement; the next one without lowers it.
         min_learning_rate: down to which a schedule lowers the learning rate.
@@ -114,6 +115,9 @@ class LanguageModel(LightningModule):
     def on_train_start(self) -> None:
         is_unfused = is_sharded(self.transformer) and self.hparams["optimizer"] == "sgd"  # and cannot skip a step
         self._step, self._guard = Step(), FiniteGuard(raises_at_once=self.device.type == "cpu" or is_unfused)
+        if (short := self.hparams["short_context_steps"]) > 0:
+            end = num_steps(self.trainer)
+            check(short < end, f"short_context_steps={short} must be less than the {end} steps of the run")
         if isinstance(schedule := self.lr_schedulers(), LambdaLR):
             self._num_steps = num_steps(self.trainer)  # a resumed run may have been given another end
             schedule.last_epoch = self.trainer.global_step  # which counts steps here

@@ -168,5 +168,8 @@ def num_steps(trainer: Any) -> int:
     limits = [trainer.max_steps] if trainer.max_steps > 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         limits.append(trainer.max_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
-    check(bool(limits), "schedule=cosine needs an end: give --trainer.max_epochs or --trainer.max_steps")
+    check(
+        bool(limits),
+        "schedule=cosine and short_context_steps need an end: give --trainer.max_epochs or --trainer.max_steps",
+    )
     return int(min(limits))

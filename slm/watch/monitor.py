@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 from torchmetrics import SumMetric
@@ -77,6 +77,7 @@ class Forecast(Callback):
 
     def __init__(self) -> None:
         self._since: float | None = None
+        self._seconds = 0.0
         self._batches = self._tokens = 0
         self._is_said = False
 
@@ -86,25 +87,28 @@ class Forecast(Callback):
         """Time batches, but for the first of all and the first after a validation."""
         if self._is_said:
             return
-        now = time.perf_counter()
-        if self._since is None:
-            self._since, self._batches, self._tokens = now, 0, 0
+        since, self._since = self._since, time.perf_counter()
+        if since is None:
             return
+        self._seconds += self._since - since
         self._batches, self._tokens = self._batches + 1, self._tokens + tokens_in(trainer, batch, batch_idx)
-        seconds = now - self._since
-        if seconds < SECONDS_TO_TIME:
+        if self._seconds < SECONDS_TO_TIME:
             return
         self._is_said = True
-        of_a_batch = seconds / self._batches
+        of_a_batch = self._seconds / self._batches
         times = [f"{duration(of_a_batch * trainer.num_training_batches)} an epoch"]
+        left = [timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer)]  # type: ignore[attr-defined]
+        seconds_left = [seconds for seconds in left if seconds is not None]
         with contextlib.suppress(InputError):
             batches = (num_steps(trainer) - trainer.global_step) * trainer.accumulate_grad_batches
-            times.append(f"{duration(of_a_batch * batches)} to go")
+            seconds_left.append(of_a_batch * batches)
+        if seconds_left:
+            times.append(f"{duration(min(seconds_left))} to go")
+        times.append("without validation")
+        if trainer.global_step < pl_module.hparams.get("short_context_steps", 0):
+            times.append("and more once windows are read whole")
         with Tqdm.external_write_mode(sys.stderr):
-            say(
-                f"{self._tokens / seconds:,.0f} tokens/s on {describe(pl_module.device)}: {', '.join(times)}, without "
-                "validation"
-            )
+            say(f"{self._tokens / self._seconds:,.0f} tokens/s on {describe(pl_module.device)}: {', '.join(times)}")
 
     def on_validation_start(self, *_: Any) -> None:
         self._since = None
