@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import warnings
 
 import torch
 
@@ -28,6 +29,7 @@ def prepare_cpu() -> None:
     bf16 arithmetic with them is so slow that a step of `configs/record.yaml` took 1,141 ms without them and 2,125 with.
     """
     torch.set_flush_denormal(True)
+    warnings.filterwarnings("ignore", "The value of the smallest subnormal")  # numpy before 2.4 notices that
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in MALLOPT.values():

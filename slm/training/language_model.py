@@ -39,7 +39,8 @@ class LanguageModel(LightningModule):
         warmup_steps: optimizer steps over which the learning rate first rises from near 0, under `cosine`.
         short_context_steps: optimizer steps in which each window is read as four of a quarter of its length, which
             costs less attention; what can be learned from the nearest tokens comes first. Learned positions beyond a
-            quarter are not trained until then. It needs a run that has an end, after these steps.
+            quarter are not trained until then. It needs a run that has an end, after these steps. Under `compile` the
+            whole windows run through code for windows of any size, whose speed was not measured.
         plateau_factor: what the learning rate is multiplied by when the validation loss stalls.
         plateau_patience: how many validations in a row may bring no improvement; the next one without lowers it.
         min_learning_rate: down to which a schedule lowers the learning rate.
