@@ -9,7 +9,15 @@ from conftest import likeliest, small_model
 from torch import Tensor
 
 from slm.errors import InputError
-from slm.model.sampling import NUMBERS_AT_ONCE, Race, Sampler, SumsOfProbabilities, decode, without_call_overhead
+from slm.model.sampling import (
+    NUMBERS_AT_ONCE,
+    Race,
+    Sampler,
+    SumsOfProbabilities,
+    decode,
+    lay_out_by_columns,
+    without_call_overhead,
+)
 from slm.model.transformer import CausalSelfAttention, KVCache, Transformer
 
 
@@ -22,8 +30,8 @@ def window_after(tokens: list[int], num_given: int, max_seq_len: int) -> list[in
     return tokens[start:]
 
 
-def network(max_seq_len: int = 16) -> Transformer:
-    transformer = small_model(max_seq_len=max_seq_len, num_layers=2).transformer.eval()
+def network(max_seq_len: int = 16, **options: Any) -> Transformer:
+    transformer = small_model(max_seq_len=max_seq_len, num_layers=2, **options).transformer.eval()
     for parameter in transformer.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)  # biases, norms and what is attended to count too
     return transformer
@@ -128,6 +136,19 @@ def test_the_twin_without_the_cost_of_calls_computes_the_same_with_the_same_weig
     for part in (twin, twin.blocks[1], attention, attention.qkv):
         assert type(part).__call__ is type(part).forward  # type: ignore[comparison-overlap]
         assert "weight" not in vars(part) or vars(part)["weight"] is not None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_layer_by_columns_gives_the_same_logits(tied: bool) -> None:
+    transformer = network(tie_embeddings=tied).eval()
+    twin = without_call_overhead(transformer)
+    before = transformer.output_weight
+    lay_out_by_columns(twin)
+    assert twin.output_weight.stride() == (1, 20)
+    assert torch.equal(twin.output_weight, before)
+    assert transformer.output_weight is before
+    hidden = torch.randn(3, before.shape[1])
+    torch.testing.assert_close(twin.logits(hidden), transformer.logits(hidden), rtol=1e-5, atol=1e-6)
 
 
 def test_a_module_that_stands_at_two_places_is_used_at_both_by_the_twin() -> None:

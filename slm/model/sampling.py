@@ -6,6 +6,7 @@ B batch, T time, V vocabulary.
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +22,8 @@ SINKS = 4
 SMALLEST_TEMPERATURE = 1e-30
 """Logits divided by less may no longer be finite; divided by this, the likeliest token has all of the probability."""
 NUMBERS_AT_ONCE = 64
+FEW_SEQUENCES, LARGEST_COPY = 16, 2**26
+"""Up to so many sequences, and elements of the output layer, a CPU writes with a copy of that layer by columns."""
 
 
 @torch.inference_mode()
@@ -41,6 +44,8 @@ def decode(transformer: Transformer, tokens: Tensor, choose: Callable[[Tensor], 
     longest = transformer.max_seq_len
     window = unseen = tokens[:, -longest:]
     network, caches = without_call_overhead(transformer), transformer.new_caches()
+    if is_faster_by_columns(transformer, tokens):
+        lay_out_by_columns(network)
     while True:
         hidden = network(unseen, caches)[:, -1]  # (B, D)
         chosen = choose(network.logits(hidden))
@@ -75,6 +80,24 @@ def without_call_overhead(module: _Module) -> _Module:
     tensors = {**module._parameters, **module._buffers}
     twin.__dict__ = {**module.__dict__, **tensors, **children, "_modules": children, "training": False}
     return cast(_Module, twin)
+
+
+def is_faster_by_columns(transformer: Transformer, tokens: Tensor) -> bool:
+    """Whether `lay_out_by_columns` makes writing after tokens (B, T) faster, with a copy of a moderate size."""
+    weight = transformer.output_weight
+    is_ours = type(transformer).output_weight is Transformer.output_weight
+    return is_ours and weight.device.type == "cpu" and len(tokens) <= FEW_SEQUENCES and weight.numel() <= LARGEST_COPY
+
+
+def lay_out_by_columns(twin: Transformer) -> None:
+    """Give a network without call overhead a copy of its output layer's weight (V, D), in which columns are contiguous.
+
+    So a product with few rows is faster. Tokens/s of the default model without and with it, on two cores of an Intel
+    Xeon with AVX512, in turns: 1 sequence 986 and 1,040 (another time 755 and 989), 4 sequences 1,448 and 2,142, 16
+    sequences 3,546 and 4,335, 64 sequences no difference beyond the noise.
+    """
+    by_columns = twin.output_weight.detach().T.contiguous().T
+    twin.__dict__["output"] = SimpleNamespace(weight=by_columns)
 
 
 @functools.cache
