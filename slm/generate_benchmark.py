@@ -4,6 +4,7 @@ Both have the same weights and draw the same number of tokens, and take turns, s
 on both alike.
 """
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +49,8 @@ def measure(
     fits = all(context > PROMPT_TOKENS for context in contexts)
     check(fits, f"contexts={list(contexts)} must be above {PROMPT_TOKENS}, the tokens of the prompt")
     device = torch.device(writing_device(accelerator))
+    if importlib.util.find_spec("transformers") is None:
+        say('Hugging Face is not measured, which needs the package transformers: pip install -e ".[export]"')
     print("| context | batch | slm, tokens/s (lowest to highest) | Hugging Face, tokens/s | ratio |")
     print("|---|---|---|---|---|")
     for context in contexts:
@@ -82,8 +85,7 @@ def _hugging_face(model: LanguageModel, prompt: torch.Tensor, num_tokens: int) -
     """The library's own `generate` with its cache, where it is installed."""
     try:
         peer = as_transformers(model, None).eval().to(prompt.device)
-    except InputError as error:
-        say(str(error))
+    except InputError:
         return
     settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "pad_token_id": 0}
     yield lambda: peer.generate(

@@ -149,6 +149,9 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["--contestant"]:
         train(argv[1], argv[2:])
         return
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__)
+        return
     output = Path("gpu_report.md")
     if argv[:1] == ["--output"]:
         output, argv = Path(argv[1]), argv[2:]

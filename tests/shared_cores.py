@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="that each run trains")
     parser.add_argument("--turns", type=int, default=3)
     asked = parser.parse_args(argv)
+    if asked.seconds <= 0 or asked.turns < 1 or min(asked.busy) < 0:
+        parser.error("--seconds must be above 0, --turns at least 1, --busy at least 0")
     print("| model | busy processes | threads give way, tokens/s | they do not |")
     print("|---|---|---|---|")
     for name, flags in CONFIGS.items():

@@ -126,10 +126,10 @@ def test_a_warm_up_that_would_be_ignored_is_refused() -> None:
 def test_a_short_context_that_cannot_be_is_refused(refused: Callable[..., str]) -> None:
     with pytest.raises(InputError, match="short_context_steps=-1 must be at least 0"):
         small_model(short_context_steps=-1)
-    with pytest.raises(InputError, match="short_context_steps=5 needs a max_seq_len, 18, that 4 divides"):
+    with pytest.raises(InputError, match="max_seq_len=18 must be divisible by 4 under short_context_steps=5"):
         small_model(short_context_steps=5, max_seq_len=18)
     flags = [*SMALL_FLAGS, "--model.short_context_steps=8", "--trainer.max_steps=8"]
-    assert "short_context_steps=8 must be less than the 8 steps of the run" in refused(*flags)
+    assert "short_context_steps=8 must be below the run's own number of steps, 8: give fewer" in refused(*flags)
     assert "give --trainer.max_epochs or --trainer.max_steps" in refused(*flags[:-1], "--trainer.max_epochs=-1")
 
 

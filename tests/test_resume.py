@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import slm as package
 from slm import generate
+from slm.cli import main
 from slm.errors import InputError, NotWrittenError
 from slm.run import checkpoint as checkpoints
 from slm.run.checkpoint import newest_run, read_checkpoint, resolve_checkpoint
@@ -127,6 +128,24 @@ def test_a_flag_that_the_weights_cannot_follow_is_refused_with_both_values(
     message = refused("--ckpt_path=last", f"--model.{change}")
     assert f"{change} cannot apply to a checkpoint trained with {name}={stored}" in message
     assert (RUN / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--trainer.max_epochs=4"], "short_context_steps=999 must be below the run's own number of steps"),
+        (["--trainer.max_epochs=-1"], "need an end: give --trainer.max_epochs"),
+    ],
+)
+def test_what_is_refused_when_a_run_goes_on_is_not_kept(
+    trained: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in (LAST, RUN / "config.yaml")}
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--ckpt_path=last", "--model.short_context_steps=999", *flags])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_checkpoint_copied_away_brings_model_and_data_settings_with_it(slm: Run, trained: Path) -> None:

@@ -94,7 +94,7 @@ class LastCheckpoint(Callback):
         self.path = last_checkpoint(run)
         self.resume = resume
         self.control = control
-        self._is_due = False
+        self._is_due = self._has_begun = False
         self._next_save = math.inf
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,6 +105,7 @@ class LastCheckpoint(Callback):
         self._next_save = time.monotonic() + SECONDS_BETWEEN_SAVES
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._has_begun = True
         if not self.resume.is_between_steps:
             return
         if time.monotonic() >= self._next_save and trainer.is_global_zero:
@@ -142,7 +143,8 @@ class LastCheckpoint(Callback):
         is_meant = isinstance(exception, Stopped | KeyboardInterrupt)
         is_hopeless = isinstance(exception, NotWrittenError) and str(self.path) in str(exception)
         is_alone = trainer.world_size == 1  # saving is collective, and the other ranks never arrive
-        if trainer.state.fn == "fit" and self.resume.can_be_kept and is_alone and not (is_meant or is_hopeless):
+        is_training = trainer.state.fn == "fit" and self._has_begun
+        if is_training and self.resume.can_be_kept and is_alone and not (is_meant or is_hopeless):
             try:
                 self._save(trainer)
                 say(f"step {trainer.global_step} is kept in {self.path}")
@@ -165,15 +167,20 @@ class LastCheckpoint(Callback):
 
 
 class ConfigKeeper(Callback):
-    """Writes `config.yaml` when training starts, so that after a resume it holds the settings now in force."""
+    """Writes `config.yaml` at the first batch, so that after a resume it holds the settings now in force.
+
+    By then nothing can refuse them any more.
+    """
 
     def __init__(self, path: Path, config: str) -> None:
         self.path = path
-        self.config = config
+        self.config: str | None = config
 
     @rank_zero_only
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        replace_file(self.path, self.config.encode())
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        config, self.config = self.config, None
+        if config is not None:
+            replace_file(self.path, config.encode())
 
 
 def _write_weights(trainer: Trainer, module: Any, path: Path) -> None:

@@ -63,4 +63,4 @@ def check_ranges(hparams: Mapping[str, Any]) -> None:
     short, seq_len = hparams["short_context_steps"], hparams["max_seq_len"]
     check(short >= 0, f"short_context_steps={short} must be at least 0")
     is_whole = short == 0 or seq_len % PARTS == 0
-    check(is_whole, f"short_context_steps={short} needs a max_seq_len, {seq_len}, that {PARTS} divides")
+    check(is_whole, f"max_seq_len={seq_len} must be divisible by {PARTS} under short_context_steps={short}")

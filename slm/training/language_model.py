@@ -116,9 +116,12 @@ class LanguageModel(LightningModule):
     def on_train_start(self) -> None:
         is_unfused = is_sharded(self.transformer) and self.hparams["optimizer"] == "sgd"  # and cannot skip a step
         self._step, self._guard = Step(), FiniteGuard(raises_at_once=self.device.type == "cpu" or is_unfused)
-        if (short := self.hparams["short_context_steps"]) > 0:
+        if (short := self.hparams["short_context_steps"]) > 0 and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             end = num_steps(self.trainer)
-            check(short < end, f"short_context_steps={short} must be less than the {end} steps of the run")
+            remedy = "give fewer with --model.short_context_steps, or more with --trainer.max_steps"
+            check(
+                short < end, f"short_context_steps={short} must be below the run's own number of steps, {end}: {remedy}"
+            )
         if isinstance(schedule := self.lr_schedulers(), LambdaLR):
             self._num_steps = num_steps(self.trainer)  # a resumed run may have been given another end
             schedule.last_epoch = self.trainer.global_step  # which counts steps here
