@@ -41,7 +41,7 @@ SMALLER = [
 ]
 GENERATE_BENCHMARK = "python -m slm.generate_benchmark"
 MODULES = {f"python -m slm.{module.__name__.rpartition('.')[2]}": module for module in (generate, runs, export)}
-RECIPES = ("small_text", "text_2min", "text_10min", "text_60min")
+RECIPES = ("small_text", "record", "text_2min", "text_10min", "text_60min")
 
 
 def module_of(line: str) -> ModuleType | None:
@@ -137,8 +137,9 @@ def test_the_commands_run_one_after_another(
         resumes = bool({"--ckpt_path", "--init_from"} & {*argv})
         is_long = any(f"configs/{name}.yaml" in argv for name in RECIPES)
         shorter = [*SHORTER, *(["--trainer.max_steps=2", "--trainer.val_check_interval=1"] if is_long else [])]
+        shorter += ["--model.short_context_steps=1"] if "configs/record.yaml" in argv else []
         main([*argv, *([] if evaluates else shorter), *([] if resumes else SMALLER)])
-    assert {path.name for path in Path("runs").iterdir()} == {f"version_{number}" for number in range(14)}
+    assert {path.name for path in Path("runs").iterdir()} == {f"version_{number}" for number in range(15)}
     assert Path("exported/model.safetensors").is_file()
     tensorboard = shlex.split(OTHER[1])
     result = run_command("-m", "tensorboard.main", *tensorboard[1:], "--inspect", cwd=workdir)
