@@ -32,6 +32,7 @@ FAMILIES = "python -m tests.families --config configs/text.yaml"
 BENCHMARK = "python -m slm.benchmark"
 SWEEPS = [line for line in OTHER if line.startswith(f"{BENCHMARK} --sweep ")]
 SHORTER = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
+TWO_STEPS = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--model.short_context_steps=1"]
 SMALLER = [
     "--model.embed_dim=16",
     "--model.num_heads=4",
@@ -136,8 +137,7 @@ def test_the_commands_run_one_after_another(
         evaluates = argv[0] in ("validate", "test", "predict")
         resumes = bool({"--ckpt_path", "--init_from"} & {*argv})
         is_long = any(f"configs/{name}.yaml" in argv for name in RECIPES)
-        shorter = [*SHORTER, *(["--trainer.max_steps=2", "--trainer.val_check_interval=1"] if is_long else [])]
-        shorter += ["--model.short_context_steps=1"] if "configs/record.yaml" in argv else []
+        shorter = [*SHORTER, *(TWO_STEPS if is_long else [])]
         main([*argv, *([] if evaluates else shorter), *([] if resumes else SMALLER)])
     assert {path.name for path in Path("runs").iterdir()} == {f"version_{number}" for number in range(15)}
     assert Path("exported/model.safetensors").is_file()
@@ -169,7 +169,7 @@ def test_runs_are_stopped_and_resumed_with_the_same_bits_as_the_table_of_the_com
 
 @pytest.mark.slow
 def test_the_families_are_compared_at_the_same_step_and_in_the_same_time() -> None:
-    flags = ["--seeds=1", "--trainer.max_steps=2", "--trainer.val_check_interval=1", *SHORTER[1:], *SMALLER]
+    flags = ["--seeds=1", *TWO_STEPS, *SHORTER[1:], *SMALLER]
     result = run_command(*shlex.split(FAMILIES)[1:], "--architectures", "gpt2", "llama", *flags, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     number = r"\d+\.\d+"
