@@ -7,14 +7,14 @@ on both alike.
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 import torch
 
 from slm.command.exit_codes import ends_in_one_line
 from slm.command.flags import new_parser, parse_flags
-from slm.errors import InputError, check
+from slm.errors import check
 from slm.formats.hugging_face import as_transformers
 from slm.hardware import prepare_cpu, writing_device
 from slm.messages import say
@@ -49,16 +49,17 @@ def measure(
     fits = all(context > PROMPT_TOKENS for context in contexts)
     check(fits, f"contexts={list(contexts)} must be above {PROMPT_TOKENS}, the tokens of the prompt")
     device = torch.device(writing_device(accelerator))
-    if importlib.util.find_spec("transformers") is None:
+    has_peer = importlib.util.find_spec("transformers") is not None
+    if not has_peer:
         say('Hugging Face is not measured, which needs the package transformers: pip install -e ".[export]"')
     print("| context | batch | slm, tokens/s (lowest to highest) | Hugging Face, tokens/s | ratio |")
     print("|---|---|---|---|---|")
     for context in contexts:
         for batch_size in batch_sizes:
-            print(_row(context, batch_size, rounds, device), flush=True)
+            print(_row(context, batch_size, rounds, device, has_peer), flush=True)
 
 
-def _row(context: int, batch_size: int, rounds: int, device: torch.device) -> str:
+def _row(context: int, batch_size: int, rounds: int, device: torch.device, has_peer: bool) -> str:
     model = LanguageModel(max_seq_len=context).eval().to(device)
     num_tokens = context - PROMPT_TOKENS
     prompt = torch.randint(model.hparams["vocab_size"], (batch_size, PROMPT_TOKENS), device=device)
@@ -68,7 +69,7 @@ def _row(context: int, batch_size: int, rounds: int, device: torch.device) -> st
         for tokens in islice(decode(model.transformer, prompt, sampler), num_tokens):
             tokens.tolist()
 
-    loops: list[Continue] = [ours, *_hugging_face(model, prompt, num_tokens)]
+    loops: list[Continue] = [ours, *([_hugging_face(model, prompt, num_tokens)] if has_peer else [])]
     speeds: list[list[float]] = [[] for _ in loops]
     for number in range(rounds + 1):
         for loop, measured in zip(loops, speeds, strict=True):
@@ -81,14 +82,11 @@ def _row(context: int, batch_size: int, rounds: int, device: torch.device) -> st
     return f"| {context} | {batch_size} | {mine:,.0f} ({min(speeds[0]):,.0f} to {max(speeds[0]):,.0f}) | {theirs} |"
 
 
-def _hugging_face(model: LanguageModel, prompt: torch.Tensor, num_tokens: int) -> Iterator[Continue]:
-    """The library's own `generate` with its cache, where it is installed."""
-    try:
-        peer = as_transformers(model, None).eval().to(prompt.device)
-    except InputError:
-        return
+def _hugging_face(model: LanguageModel, prompt: torch.Tensor, num_tokens: int) -> Continue:
+    """The library's own `generate` with its cache."""
+    peer = as_transformers(model, None).eval().to(prompt.device)
     settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "pad_token_id": 0}
-    yield lambda: peer.generate(
+    return lambda: peer.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, use_cache=True, **settings
     )
 

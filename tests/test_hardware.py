@@ -102,32 +102,34 @@ def test_an_older_torch_is_asked_in_its_own_way(expected: bool, monkeypatch: pyt
 @pytest.mark.parametrize("keeps", [True, False])
 def test_freed_memory_is_kept_for_the_next_tensor(keeps: bool) -> None:
     code = (
-        "import os, torch\n"
-        "from slm.hardware import prepare_cpu\n"
-        f"prepare_cpu() if {keeps} else None\n"
         "held = lambda: int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')\n"
         "tensor = torch.ones(50, 2**20)\n"
         "before = held()\n"
         "del tensor\n"
         "print(before - held() < 2**20)\n"
     )
-    result = run_command("-c", code, cwd=ROOT)
-    assert result.stdout == f"{keeps}\n", result.stderr
+    assert printed(code, is_prepared=keeps) == f"{keeps}\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_prepared", [True, False])
 def test_denormal_numbers_are_zero_in_every_thread(is_prepared: bool) -> None:
     code = (
-        "import torch\n"
-        "from slm.hardware import prepare_cpu\n"
-        f"prepare_cpu() if {is_prepared} else None\n"
         "torch.set_num_threads(2)\n"
         "tiny = torch.full((2**20,), 1e-30)\n"
         "print([bool((half == 0).all()) for half in (tiny * 1e-10).chunk(2)])\n"
     )
-    result = run_command("-c", code, cwd=ROOT)
-    assert result.stdout == f"{[is_prepared] * 2}\n", result.stderr
+    assert printed(code, is_prepared) == f"{[is_prepared] * 2}\n"
+
+
+def printed(code: str, is_prepared: bool) -> str:
+    """What code prints in a process of its own, after `prepare_cpu` or without."""
+    preparation = "prepare_cpu()" if is_prepared else ""
+    result = run_command(
+        "-c", f"import os, torch\nfrom slm.hardware import prepare_cpu\n{preparation}\n{code}", cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_a_machine_without_a_compiler_is_told_so_in_one_line(refused: Callable[..., str]) -> None:

@@ -32,6 +32,14 @@ class Clock:
         return self.now
 
 
+@pytest.fixture
+def clock(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that the callbacks look at."""
+    clock = Clock()
+    monkeypatch.setattr(monitor, "time", clock)
+    return clock
+
+
 class Costs(Callback):
     """Takes a second for a training step, and a hundred for a validation and for a checkpoint."""
 
@@ -55,11 +63,7 @@ class Costs(Callback):
 
 
 @pytest.mark.parametrize("limit_val_batches", [1.0, 0])
-def test_speed_counts_training_and_leaves_out_validation_and_saving(
-    limit_val_batches: float, workdir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock()
-    monkeypatch.setattr(monitor, "time", clock)
+def test_speed_counts_training_and_leaves_out_validation_and_saving(limit_val_batches: float, clock: Clock) -> None:
     costs = Costs(clock)
     data = small_data(batch_size=8)
     data.setup()
@@ -69,11 +73,7 @@ def test_speed_counts_training_and_leaves_out_validation_and_saving(
     assert costs.speeds == [pytest.approx(8 * 16)] * (3 * 14 - 3)
 
 
-def test_a_run_says_once_how_long_it_takes(
-    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = Clock()
-    monkeypatch.setattr(monitor, "time", clock)
+def test_a_run_says_once_how_long_it_takes(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     fit(small_model(), small_data(batch_size=8), callbacks=[Forecast(), Costs(clock)], max_epochs=20)
     [line] = [line for line in capsys.readouterr().err.splitlines() if "tokens/s" in line]
     speed, _, times = line.partition(": ")
@@ -81,20 +81,14 @@ def test_a_run_says_once_how_long_it_takes(
     assert times == f"14.0 s an epoch, {(20 * 14 - 3) / 60:.1f} min to go, without validation"
 
 
-def test_it_is_said_however_short_the_epochs_are(
-    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = Clock()
-    monkeypatch.setattr(monitor, "time", clock)
+def test_it_is_said_however_short_the_epochs_are(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     fit(small_model(), small_data(), callbacks=[Forecast(), Costs(clock)], limit_train_batches=2, max_epochs=20)
     assert "2.0 s an epoch, 36.0 s to go, without validation" in capsys.readouterr().err
 
 
 def test_a_run_takes_no_longer_than_it_may(
-    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = Clock()
-    monkeypatch.setattr(monitor, "time", clock)
     monkeypatch.setattr(Timer, "time_remaining", lambda self: 100.0)
     watched = [Forecast(), Costs(clock)]
     fit(small_model(), small_data(batch_size=8), callbacks=watched, max_epochs=20, max_time="00:00:10:00")
@@ -102,19 +96,14 @@ def test_a_run_takes_no_longer_than_it_may(
 
 
 def test_what_is_timed_with_windows_in_quarters_is_not_promised_of_whole_ones(
-    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = Clock()
-    monkeypatch.setattr(monitor, "time", clock)
     model = small_model(short_context_steps=50)
     fit(model, small_data(batch_size=8), callbacks=[Forecast(), Costs(clock)], max_epochs=20)
     assert "without validation, and more once windows are read whole" in capsys.readouterr().err
 
 
-def test_a_run_that_is_over_soon_says_nothing_of_it(
-    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(monitor, "time", Clock())
+def test_a_run_that_is_over_soon_says_nothing_of_it(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     fit(small_model(), small_data(), callbacks=[Forecast()])
     assert "tokens/s" not in capsys.readouterr().err
 

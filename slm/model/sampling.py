@@ -194,7 +194,7 @@ class Race:
         self._generators = generators
 
     def __call__(self, probabilities: Tensor) -> Tensor:
-        _check_finite(probabilities.sum(-1))
+        _check_finite(probabilities)
         times = torch.empty_like(probabilities)
         for row, generator in zip(times, self._generators, strict=True):
             row.exponential_(generator=generator)

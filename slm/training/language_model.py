@@ -119,9 +119,8 @@ class LanguageModel(LightningModule):
         if (short := self.hparams["short_context_steps"]) > 0 and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             end = num_steps(self.trainer)
             remedy = "give fewer with --model.short_context_steps, or more with --trainer.max_steps"
-            check(
-                short < end, f"short_context_steps={short} must be below the run's own number of steps, {end}: {remedy}"
-            )
+            limit = f"must be below the run's own number of steps, {end}"
+            check(short < end, f"short_context_steps={short} {limit}: {remedy}")
         if isinstance(schedule := self.lr_schedulers(), LambdaLR):
             self._num_steps = num_steps(self.trainer)  # a resumed run may have been given another end
             schedule.last_epoch = self.trainer.global_step  # which counts steps here

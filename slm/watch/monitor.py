@@ -97,8 +97,8 @@ class Forecast(Callback):
         self._is_said = True
         of_a_batch = self._seconds / self._batches
         times = [f"{duration(of_a_batch * trainer.num_training_batches)} an epoch"]
-        left = [timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer)]  # type: ignore[attr-defined]
-        seconds_left = [seconds for seconds in left if seconds is not None]
+        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        seconds_left = [left for timer in timers if (left := timer.time_remaining()) is not None]
         with contextlib.suppress(InputError):
             batches = (num_steps(trainer) - trainer.global_step) * trainer.accumulate_grad_batches
             seconds_left.append(of_a_batch * batches)
