@@ -91,6 +91,8 @@ def train(argv: Sequence[str], progress: Progress, is_own: bool = False) -> None
 
     if not command.is_other_data_meant:
         command.start.check_same_data(data.fingerprint)
+    if command.start.goes_on:
+        say(f"{command.start.run} goes on from {command.start.path}, step {command.start.steps}")
     for line in data.at_a_glance(sum(p.numel() for p in model.parameters())):
         say(line)
     runs = Path(settings.trainer.default_root_dir or "") / RUNS

@@ -45,6 +45,7 @@ def steps(path: Path = LAST) -> int:
 def test_a_run_goes_on_with_its_own_settings_in_its_own_folder(slm: Run, trained: Path) -> None:
     before, done = config(), steps()
     output = slm("--ckpt_path", str(LAST), "--trainer.max_epochs", "4")
+    assert f"{RUN} goes on from {LAST}, step {done}\n" in output
     assert steps() == 2 * done
     assert "trainer.max_epochs is now 4 (the run had 2)" in output
     assert output.count("is now") == 1

@@ -318,8 +318,6 @@ def _go_on(ckpt_path: str, is_fitting: bool, runs: Path) -> Start:
         f"{path} holds weights alone, no run can go on from it: give the .ckpt of its run",
     )
     if is_fitting and has_config:
-        if path.stem != "last":
-            say(f"{run} goes on from {path}")
         return Start(path, content, run, read_settings(str(config)), config)
     settings: dict[str, Any] = {"model": dict(content["hyper_parameters"])}
     if has_config:
