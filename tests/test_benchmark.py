@@ -9,12 +9,15 @@ import gpu_report
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
+from slm import benchmark, generate_benchmark
 from slm.baselines import TeachingScript
-from slm.benchmark import flops_per_step, main
+from slm.benchmark import Clock, flops_per_step, main
 from slm.training.language_model import LanguageModel
 from slm.training.optimizers import build_optimizer, matmul_flops
+from slm.watch.monitor import Forecast
 
 SIZES = {
     "vocab_size": 70, "embed_dim": 24, "num_heads": 3, "num_layers": 2, "hidden_dim": 40, "max_seq_len": 12,
@@ -33,6 +36,15 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(options: dict[str,
     with torch.device("meta"):
         model = LanguageModel(**{**SIZES, "embed_dim": 30, **options})
     assert flops_per_step({**model.hparams, "batch_size": 5}) == counted(model)
+
+
+def test_the_end_of_the_run_that_is_measured_is_not_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "Turns", lambda: None)  # which takes this process's stdout
+    clock = Clock()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[Forecast(), clock])
+    clock.setup(trainer, LanguageModel(**SIZES), "fit")
+    assert clock in trainer.callbacks
+    assert not any(isinstance(callback, Forecast) for callback in trainer.callbacks)
 
 
 def test_the_teaching_script_does_the_same_operations() -> None:
@@ -123,3 +135,20 @@ def test_what_its_flags_print_instead_is_printed(workdir: Path, capfd: pytest.Ca
         main(["--model.embed_dim=48", "--print_config"])
     assert exit_info.value.code == 0
     assert "embed_dim: 48" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--contexts=16"], "contexts=16: expected a list like [1,2]"),
+        (["--contexts=[8]"], "contexts=[8] must be above 8, the tokens of the prompt"),
+        (["--batch_sizes=[0]"], "batch_sizes=[0] must be at least 1"),
+        (["--rounds=0"], "rounds=0 must be at least 1"),
+    ],
+)
+def test_the_benchmark_of_writing_refuses_what_it_cannot_measure(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        generate_benchmark.main(flags)
+    assert capsys.readouterr().err == f"error: {message}\n"

@@ -61,7 +61,8 @@ def explain_parser_error(message: str, known: Mapping[str, str], argv: Sequence[
         classes = "DummyData or TextData" if keys == ["data"] else "a name like package.module.Class"
         return f"{'.'.join(keys)}={value[1]}: there is no such class; give {classes}"
     kinds = re.findall(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.+?)\])", detail[: value.start()])
-    expected = " or ".join("null" if kind == "NoneType" else kind or f"one of {choices}" for kind, choices in kinds)
+    names = {"NoneType": "null", "Sequence": "a list like [1,2]"}
+    expected = " or ".join(names.get(kind, kind) or f"one of {choices}" for kind, choices in kinds)
     return f"{'.'.join(keys)}={value[1]}: expected {expected}"
 
 
@@ -84,7 +85,7 @@ def read_settings(config: str) -> dict[str, Any]:
     try:
         settings = get_loader("yaml")(config if is_text else Path(config).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{config} cannot be read: {error.strerror}") from error
+        raise InputError(f"{config} cannot be read: {error.strerror}; give a YAML file of settings") from error
     except Exception as error:  # the YAML library's own, which are not ours to name
         raise InputError(f"{config} is not valid YAML: {error}") from error
     check(isinstance(settings, dict), f"{config} holds no settings: it must be YAML like `trainer: {{max_epochs: 5}}`")

@@ -206,7 +206,8 @@ def _asked(argv: Sequence[str], processes: Processes) -> _Asked:
     for flag in argv:
         is_utf8 = flag == flag.encode(errors="ignore").decode()
         check(is_utf8, f"{os.fsencode(flag)!r} is not UTF-8: rename the file, or type it anew")
-    subcommand, flags = (argv[0], argv[1:]) if argv and argv[0] in SUBCOMMANDS else ("fit", argv)
+    subcommand, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("fit", argv)
+    check(subcommand in SUBCOMMANDS, f"{subcommand} is not what train.py does: give {', '.join(SUBCOMMANDS)} or a flag")
     given, left = _look_for(["--ckpt_path", "--init_from", "--model"], flags)
     seen, _ = _look_for(["--config", "--model.class_path", "--trainer.default_root_dir"], left)
     files = [read_settings(config) for config in expand_paths(seen["config"], "config")]

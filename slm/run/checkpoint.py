@@ -48,7 +48,7 @@ def newest_run(runs: Path = RUNS, *holding: str) -> Path:
     for run in found:
         if not holding or any((run / name).is_file() for name in holding):
             if run != found[0]:
-                say(f"{found[0]} has no {holding[0]}: {run} is the newest run that has one")
+                say(f"{found[0]} has no {holding[0]}: {run} is the newest run that has one; name the folder you mean")
             return run
     raise InputError(f"no run under {runs.absolute()} has {holding[0]}: train one longer, or give a path")
 
