@@ -91,14 +91,14 @@ def train(argv: Sequence[str], progress: Progress, is_own: bool = False) -> None
 
     if not command.is_other_data_meant:
         command.start.check_same_data(data.fingerprint)
-    if command.start.goes_on:
-        say(f"{command.start.run} goes on from {command.start.path}, step {command.start.steps}")
     for line in data.at_a_glance(sum(p.numel() for p in model.parameters())):
         say(line)
     runs = Path(settings.trainer.default_root_dir or "") / RUNS
     with nullcontext() if settings.trainer.fast_dev_run else RunFolder(command.start.run, runs, progress) as folder:
         if folder is not None:
             folder.prepare(command.start.training_state, command.text(), data.tokenizer, argv)
+            if command.start.goes_on:
+                say(f"{folder.path} goes on from {command.start.path}, step {command.start.steps}")
         trainer = progress.trainer = new_trainer(command, settings, folder, progress.control)
         print_only_messages()
         with gives_way():

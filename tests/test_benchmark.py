@@ -92,7 +92,7 @@ runs_a_process = partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["validate"], "the benchmark trains: give it the flags of train.py alone"),
+        (["validat"], "validat: the benchmark trains, give it the flags of train.py alone"),
         (["--ckpt_path", "last"], "leave out --ckpt_path"),
         (["--ckpt_path=last"], "leave out --ckpt_path"),
         (["--sweep", "model.embed_dim"], "--sweep model.embed_dim: give a flag and its values"),

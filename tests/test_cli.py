@@ -394,7 +394,7 @@ def test_a_callback_and_a_logger_of_the_users_join_the_projects(slm: Run, workdi
         (["--seed_everything=-1"], "seed_everything=-1 must be at least 0"),
         (
             ["--config=nothing.yaml"],
-            "cannot be read: No such file or directory; give a YAML file of settings",
+            "nothing.yaml cannot be read: No such file or directory; give a YAML file",
         ),
         (["--ckpt_path"], "--ckpt_path needs a value"),
         (["--ckpt_path=last"], "there is no run under"),

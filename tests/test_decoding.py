@@ -151,6 +151,27 @@ def test_an_output_layer_by_columns_gives_the_same_logits(tied: bool) -> None:
     torch.testing.assert_close(twin.logits(hidden), transformer.logits(hidden), rtol=1e-5, atol=1e-6)
 
 
+class Louder(Transformer):
+    def logits(self, hidden: Tensor) -> Tensor:
+        assert self.output is not None
+        return 2 * self.output(hidden)
+
+
+def test_a_network_with_logits_of_its_own_writes_by_them() -> None:
+    transformer = network(tie_embeddings=False)
+    transformer.__class__ = Louder
+    tokens, given = torch.tensor([[3, 1, 2]]), []
+
+    def choose(logits: Tensor) -> Tensor:
+        given.append(logits)
+        return likeliest(logits)
+
+    next(decode(transformer, tokens, choose))
+    with torch.no_grad():
+        expected = transformer.logits(transformer(tokens))[:, -1]
+    torch.testing.assert_close(given[0], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_module_that_stands_at_two_places_is_used_at_both_by_the_twin() -> None:
     transformer, tokens = network().eval(), torch.randint(20, (2, 12))
     transformer.blocks[1] = transformer.blocks[0]
