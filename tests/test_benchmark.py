@@ -92,6 +92,7 @@ runs_a_process = partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["validate"], "validate: the benchmark trains, give it the flags of train.py alone"),
         (["validat"], "validat: the benchmark trains, give it the flags of train.py alone"),
         (["--ckpt_path", "last"], "leave out --ckpt_path"),
         (["--ckpt_path=last"], "leave out --ckpt_path"),
@@ -106,6 +107,7 @@ runs_a_process = partial(pytest.param, marks=pytest.mark.slow)
     ],
     ids=[
         "subcommand",
+        "no flag",
         "checkpoint",
         "checkpoint by =",
         "values",

@@ -321,6 +321,7 @@ def test_a_callback_and_a_logger_of_the_users_join_the_projects(slm: Run, workdi
         (["--model.embd_dim", "5"], "unknown setting model.embd_dim; the nearest known one is model.embed_dim"),
         (["--data.pth", "x"], "unknown setting data.pth; the nearest known one is data.path"),
         (["--nonsense"], "unknown setting nonsense"),
+        (["trian"], "trian is not what train.py does: give fit, validate, test, predict or a flag"),
         (["fitt"], "fitt is not what train.py does: give fit, validate, test, predict or a flag"),
         (["--trainer.max_epochs=abc"], "trainer.max_epochs=abc: expected int or null"),
         (["--model.embed_dim=1.5"], "model.embed_dim=1.5: expected int"),
