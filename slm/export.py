@@ -20,10 +20,10 @@ from slm.formats.gguf import import_gguf, write_gguf
 from slm.formats.hugging_face import as_transformers, import_transformers, read_transformers
 from slm.formats.tokenizers import as_transformers_tokenizer, dumped_tokenizer
 from slm.messages import say, silence_notices
+from slm.research.runs import read_run
 from slm.run.checkpoint import open_checkpoint
 from slm.run.checkpoint_io import DurableCheckpointIO
 from slm.run.loading import restore
-from slm.runs import read_run
 
 TOLD = ("data.", "trainer.max_", "trainer.precision", "trainer.gradient_clip", "trainer.accumulate", "seed_everything")
 """Settings that a card tells of, beside those of the model."""

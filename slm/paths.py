@@ -9,8 +9,8 @@ from jsonargparse import Namespace
 from slm.errors import check
 
 PATHS = (
-    *("ckpt_path", "config", "data", "default_root_dir", "dirpath", "from_hf", "init_from", "output", "path"),
-    *("prompt_file", "runs", "save_dir", "tokenizer", "val_path"),
+    *("ckpt_path", "config", "data", "default_root_dir", "dirpath", "figure", "from_hf", "init_from", "output"),
+    *("path", "prompt_file", "runs", "save_dir", "tokenizer", "val_path"),
 )
 """Names of settings that are paths, in every command; `data` may name a file of settings."""
 

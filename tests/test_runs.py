@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import RHYME, ROOT, SMALL_FLAGS, UNSHOWN
 
-from slm.runs import duration, main, read_run
+from slm.research.runs import by_settings, duration, read_run, read_runs
+from slm.runs import main
+from slm.watch.pictures import groups_figure
 from slm.watch.tensorboard import read_curves, seconds_drawn
 
 Run = Callable[..., str]
@@ -116,3 +118,55 @@ def test_time_is_that_of_all_its_processes_and_tokens_go_on(slm: Run) -> None:
 @pytest.mark.parametrize(("seconds", "expected"), [(0.4, "0:00"), (61, "1:01"), (3723, "1:02:03")])
 def test_a_duration_reads_as_a_clock(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
+
+
+def test_runs_that_differ_in_seeds_alone_are_one_row_and_one_curve_with_a_band(
+    slm: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rate in ("0.001", "0.01"):
+        for seed in ("0", "1"):
+            slm(*FLAGS, f"--model.learning_rate={rate}", f"--seed_everything={seed}")
+    assert main(["--figure=runs.svg"]) is None
+    said = capsys.readouterr()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.out.splitlines()]
+    found = {row[0]: dict(zip(lines[0], row, strict=True)) for row in lines[2:]}
+    assert list(found) == ["version_2, 3", "version_0, 1"]
+    losses = [read_curves(Path(f"runs/version_{number}"))["val/loss"][-1][1] for number in (2, 3)]
+    row = found["version_2, 3"]
+    assert row["seeds"] == "2"
+    assert row["val/loss"] == f"{sum(losses) / 2:.3f}"
+    assert row["deviation"] == f"{abs(losses[0] - losses[1]) / 2**0.5:.3f}"
+    assert row["lowest to highest"] == f"{min(losses):.3f} to {max(losses):.3f}"
+    assert row["what differs"] == "model.learning_rate=0.01"
+    assert "the figure is in runs.svg" in said.err
+    assert Path("runs.svg").read_text().count("<path") > 10
+
+    [best, other] = by_settings(read_runs(Path("runs")))
+    assert (best.name, other.name) == ("version_2, 3", "version_0, 1")
+    [(step, values)] = best.curve("val/loss")
+    assert (step, values) == (read_curves(Path("runs/version_2"))["val/loss"][0][0], losses)
+    figure = groups_figure({best.name: best.curve("val/loss")}, optimum=1.5)
+    [axes] = figure.axes
+    mean, optimum = axes.get_lines()
+    assert mean.get_ydata()[-1] == pytest.approx(sum(losses) / 2)
+    [band] = axes.collections
+    assert {round(y, 5) for _, y in band.get_paths()[0].vertices} == {round(loss, 5) for loss in losses}
+    assert optimum.get_label() == "optimum 1.500"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("runs.xyz", "figure=runs.xyz: give a name that ends in"), ("no/runs.png", ""), ("runs", "figure=runs: give")],
+)
+def test_a_figure_of_another_kind_is_refused(
+    trained: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    if message:
+        with pytest.raises(SystemExit) as exit_info:
+            main([f"--figure={name}"])
+        assert exit_info.value.code == 2
+        assert message in capsys.readouterr().err
+        assert not Path(name).is_file()
+    else:
+        main([f"--figure={name}"])
+        assert Path(name).read_bytes().startswith(b"\x89PNG")

@@ -219,12 +219,14 @@ def _asked(argv: Sequence[str], processes: Processes) -> _Asked:
     models = models or _found(files, "model", "class_path")
     left = [*(f"--model={value}" for value in given["model"] if not _is_class(value)), *left]
     ckpt_paths, init_from = given["ckpt_path"], given["init_from"]
+    if subcommand == "fit" and not ckpt_paths:
+        init_from = init_from or [content["init_from"] for content in files if content.get("init_from") is not None]
     run = run_of_job(runs, argv) if subcommand == "fit" and processes.rank == 0 else None
+    if run is not None and not last_checkpoint(run).is_file() and (ckpt_paths or init_from):
+        run = None  # it kept nothing of what it began with
     if (begun := processes.from_rank_zero(run and str(run))) is not None:
         say(f"the job was started again: it goes on in {begun}")
-        ckpt_paths, init_from = [str(last_checkpoint(Path(begun)))], []
-    elif subcommand == "fit" and not ckpt_paths:
-        init_from = init_from or [content["init_from"] for content in files if content.get("init_from") is not None]
+        ckpt_paths, init_from = [begun], []
     return _Asked(subcommand, left, files, _last(ckpt_paths), _last(init_from), _last(models), runs)
 
 
@@ -307,7 +309,7 @@ def _go_on(ckpt_path: str, is_fitting: bool, runs: Path) -> Start:
     run = path.parent.parent if is_in_checkpoints else path.parent
     config = run / "config.yaml"
     has_config = (is_in_checkpoints or path.name == WEIGHTS_NAME) and config.is_file()
-    if is_fitting and ckpt_path == "last" and not path.is_file():
+    if is_fitting and not path.is_file() and (ckpt_path == "last" or Path(ckpt_path).is_dir()):
         say(f"{run} has no checkpoint yet: it starts from step 0")
         own = read_settings(str(config)) if has_config else {}
         start = _begin_with(own["init_from"], runs) if own.get("init_from") else Start()

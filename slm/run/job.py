@@ -1,4 +1,4 @@
-"""A job that is started again, by SLURM or by torchrun, goes on in the same run.
+"""A job that is started again, by SLURM, by torchrun or under a name in `SLM_JOB`, goes on in the same run.
 
 `#SBATCH --signal=USR1@90` lets SLURM tell a job 90 seconds before its time is over: it saves, and asks for another
 turn. `torchrun --max_restarts 3` starts all processes again when one of them fails.
@@ -12,10 +12,12 @@ from pathlib import Path
 
 from slm.durable import replace_file
 from slm.messages import say
-from slm.run.checkpoint import last_checkpoint, run_folders
+from slm.run.checkpoint import run_folders
 
 JOB_FILE = "job"
 """In a run's folder: the job that trains it, and the arguments that it was started with."""
+NAME = "SLM_JOB"
+"""The environment variable that names a job, whoever starts it."""
 
 
 def is_slurm_job() -> bool:
@@ -46,17 +48,18 @@ def note_job(run: Path, argv: Sequence[str]) -> None:
 
 
 def run_of_job(runs: Path, argv: Sequence[str]) -> Path | None:
-    """The run that this job trained with these arguments before it was started again; None for none that was kept."""
+    """The run that this job trained with these arguments before it was started again; None where there is none."""
     job = _job()
     is_first_turn = _slurm_job() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
-    if job is None or (is_first_turn and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"):
-        return None
+    is_told_apart = NAME in os.environ or not is_first_turn or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return find_run(runs, job, argv) if job is not None and is_told_apart else None
+
+
+def find_run(runs: Path, job: str, argv: Sequence[str]) -> Path | None:
+    """The newest run that a job trained with these arguments."""
     noted = _noted(job, argv).encode(errors="surrogateescape")
-    for run in run_folders(runs):
-        file = run / JOB_FILE
-        if file.is_file() and file.read_bytes() == noted and last_checkpoint(run).is_file():
-            return run
-    return None
+    of_job = (run for run in run_folders(runs) if (run / JOB_FILE).is_file() and (run / JOB_FILE).read_bytes() == noted)
+    return next(of_job, None)
 
 
 def _noted(job: str, argv: Sequence[str]) -> str:
@@ -64,7 +67,7 @@ def _noted(job: str, argv: Sequence[str]) -> str:
 
 
 def _job() -> str | None:
-    return _slurm_job() or _torchrun_job()
+    return os.environ.get(NAME) or _slurm_job() or _torchrun_job()
 
 
 def _torchrun_job() -> str | None:

@@ -1,15 +1,18 @@
-"""Figures of a run, drawn with matplotlib: its losses, and what its heads attend to.
+"""Figures of runs, drawn with matplotlib: their losses, and what heads attend to.
 
 T time, H heads. Importing this file imports matplotlib: do so when the first figure is drawn.
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from matplotlib.figure import Figure
 from torch import Tensor
 
+LONGEST_NAME = 90
+"""In a legend, in letters."""
 HEADS_IN_A_ROW = 2
 """Few, since TensorBoard shows a figure 330 pixels wide until it is clicked."""
 INCHES_PER_TOKEN = 0.16
@@ -47,6 +50,31 @@ def loss_figure(
         step = max((step for step, _ in validation if step < fall), default=fall)
         axes.axvline(step, color="#9334e6", linestyle=":", label=None if number else "learning rate falls")
     axes.legend(loc="upper right")
+    return figure
+
+
+def groups_figure(curves: Mapping[str, Sequence[tuple[int, Sequence[float]]]], optimum: float | None) -> Figure:
+    """Validation losses of several runs in nats per token: a line for a mean, and a band from lowest to highest.
+
+    Args:
+        curves: by name, each step with the losses of all runs that are drawn as one.
+        optimum: the best loss that is possible; None where that is not known, or not the same for all.
+    """
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel="optimizer steps", ylabel="validation loss, nats per token")
+    axes.grid(color="#e3e5e8")
+    axes.spines[["top", "right"]].set_visible(False)
+    for name, points in curves.items():
+        steps, losses = [step + 1 for step, _ in points], [values for _, values in points]
+        label = textwrap.shorten(ascii(name)[1:-1], LONGEST_NAME, placeholder=" ...").replace("$", r"\$")
+        marker = "o" if len(steps) == 1 else ""
+        [line] = axes.plot(steps, [sum(values) / len(values) for values in losses], marker=marker, label=label)
+        low, high = [min(values) for values in losses], [max(values) for values in losses]
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    if optimum is not None:
+        axes.axhline(optimum, color="#188038", linestyle="--", label=f"optimum {optimum:.3f}")
+    figure.legend(loc="outside lower center", fontsize=8)
     return figure
 
 

@@ -1,0 +1,1 @@
+"""Many runs: compared, swept and searched."""

@@ -1,0 +1,193 @@
+"""A search among the values of flags, by Optuna: which point comes next, and which is not worth going on with.
+
+The study is a journal in the folder of the sweep, so that several processes and machines take trials from it, and a
+trial that was stopped goes on where it was.
+"""
+
+import contextlib
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from slm.durable import lock
+from slm.errors import InputError, check
+from slm.messages import say
+from slm.research.points import Flags, Point, Points, Result, grid, key_of
+from slm.watch.tensorboard import read_curves
+
+SEED = "--seed_everything"
+RANGE = re.compile(r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)\.\.(-?\d+(?:\.\d+)?(?:e-?\d+)?)", re.IGNORECASE)
+LOGARITHMIC = 10
+"""A range is searched in its logarithm if its ends differ by so many times."""
+MOST_VALIDATIONS = 1_000_000
+"""Of a run: those of the next seed are counted on from here."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a flag may take: all numbers between two, or all whole ones."""
+
+    low: float
+    high: float
+    is_whole: bool
+
+    @property
+    def is_logarithmic(self) -> bool:
+        """Whether its values are drawn evenly in their logarithms."""
+        return self.low > 0 and self.high / self.low >= LOGARITHMIC
+
+
+def as_range(values: Sequence[str]) -> Range | None:
+    """The range that a flag is given as `LOW..HIGH`; None for anything else."""
+    if len(values) != 1 or not (found := RANGE.fullmatch(values[0])):
+        return None
+    low, high = map(float, found.groups())
+    check(low < high, f"{values[0]}: the lower end of a range comes first")
+    return Range(low, high, is_whole=all(end.lstrip("-").isdigit() for end in found.groups()))
+
+
+def as_text(value: float | int | str) -> str:
+    """A value as a flag gives it."""
+    return format(value, ".6g") if isinstance(value, float) else str(value)
+
+
+class Search:
+    """Trials of the values that flags are searched among.
+
+    Args:
+        flags: of `train.py`. One with several values, or with a range, is searched; the seeds, if they are several,
+            are trained one after another in every trial, whose value is their mean.
+        points: where the runs are.
+        num_trials: in all, by all processes together.
+        sampler: a class of `optuna.samplers`.
+        pruner: a class of `optuna.pruners`.
+
+    Raises:
+        InputError: nothing is searched, Optuna is missing or has no such class.
+    """
+
+    def __init__(self, flags: Flags, points: Points, num_trials: int, sampler: str, pruner: str) -> None:
+        self._flags, self._points, self._num_trials = flags, points, num_trials
+        self._trial: Any = None
+        self._ranges = {name: found for name, values in flags if (found := as_range(values))}
+        self._choices = {name: list(values) for name, values in flags if len(values) > 1 and name != SEED}
+        check(
+            bool(self._ranges or self._choices),
+            "nothing is searched: give a flag several values, or a range like --model.learning_rate 0.0003..0.03",
+        )
+        self._optuna = optuna = _optuna()
+        self._sampler = _class_of(optuna.samplers, "sampler", sampler)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        journal = optuna.storages.journal.JournalFileBackend(str(points.folder / "study.journal"))
+        self._name = key_of({"flags": [[name, list(values)] for name, values in flags]})
+        self._study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(journal),
+            study_name=self._name,
+            pruner=_made(_class_of(optuna.pruners, "pruner", pruner)),
+            load_if_exists=True,
+        )
+
+    def run(self) -> list[Result]:
+        """Train trials until there are enough; returns what those that ended reached."""
+        while (claim := self._next()) is not None:
+            with claim:
+                self._study.tell(self._trial.number, **self._train(self._trial))
+        states = self._optuna.trial.TrialState
+        if running := self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+            say(f"{len(running)} trials are still trained by other processes")
+        complete = self._study.get_trials(deepcopy=False, states=(states.COMPLETE,))
+        keys = [self._points.key(point) for trial in complete for point in self._points_of(trial.params)]
+        return [result for key in dict.fromkeys(keys) if (result := self._points.result(key)) is not None]
+
+    def _next(self) -> contextlib.ExitStack | None:
+        """Claim a trial that no process trains, one that was stopped, else a new one; None if there are enough."""
+        states = self._optuna.trial.TrialState
+        with (self._points.folder / f"{self._name}.lock").open("w") as alone:
+            lock(alone, waits=True)
+            for frozen in self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+                claim = contextlib.ExitStack()
+                if claim.enter_context(self._points.claimed(f"{self._name}-{frozen.number}")):
+                    self._trial = self._chosen(self._optuna.trial.Trial(self._study, frozen._trial_id))
+                    return claim
+                claim.close()
+            number = len(self._study.get_trials(deepcopy=False))
+            if number >= self._num_trials:
+                return None
+            claim = contextlib.ExitStack()
+            claim.enter_context(self._points.claimed(f"{self._name}-{number}"))
+            self._study.sampler = _made(self._sampler, seed=number)  # what is drawn does not depend on the process
+            self._trial = self._chosen(self._study.ask())
+            return claim
+
+    def _chosen(self, trial: Any) -> Any:
+        """A trial with a value for each flag; one that was stopped keeps those that it has."""
+        for name, found in self._ranges.items():
+            if found.is_whole:
+                trial.suggest_int(name, int(found.low), int(found.high), log=found.is_logarithmic)
+            else:
+                trial.suggest_float(name, found.low, found.high, log=found.is_logarithmic)
+        for name, values in self._choices.items():
+            trial.suggest_categorical(name, values)
+        return trial
+
+    def _points_of(self, params: Mapping[str, Any]) -> list[Point]:
+        """The points of a trial, one for each seed."""
+        chosen = {name: [as_text(value)] for name, value in params.items()}
+        points = grid([(name, chosen.get(name, values)) for name, values in self._flags])
+        varied = tuple(f"{name}={value}" for name, [value] in chosen.items())
+        return [Point(point.argv, varied + point.varied) for point in points]
+
+    def _train(self, trial: Any) -> dict[str, Any]:
+        """Train a trial to its end, or until the pruner gives it up; returns what the study is told."""
+        states = self._optuna.trial.TrialState
+        losses: list[float] = []
+        for number, point in enumerate(self._points_of(trial.params)):
+            say(f"trial {trial.number + 1} of {self._num_trials}: {point}")
+
+            def is_hopeless(run: Path, first: int = number * MOST_VALIDATIONS) -> bool:
+                reported = self._study.get_trials(deepcopy=False)[trial.number].intermediate_values
+                for at, (_, loss) in enumerate(read_curves(run).get("val/loss", []), start=first):
+                    if at not in reported:
+                        trial.report(loss, at)
+                return bool(trial.should_prune())
+
+            try:
+                key = self._points.key(point)
+                with self._points.claimed(key, waits=True):
+                    result = self._points.result(key) or self._points.train(key, point, is_hopeless)
+                if result is None:
+                    say(f"trial {trial.number + 1} is given up, it is not promising")
+                    return {"state": states.PRUNED}
+                if result.loss is None:
+                    raise InputError(f"{result.run} has no validation")
+            except InputError as error:
+                say(f"trial {trial.number + 1} failed: {error}")
+                return {"state": states.FAIL}
+            losses.append(result.loss)
+            say(f"{result.run}: {result.loss:.3f}")
+        return {"values": statistics.mean(losses)}
+
+
+def _optuna() -> ModuleType:
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError('a search needs the package optuna: pip install -e ".[sweep]"') from error
+    return optuna
+
+
+def _class_of(module: ModuleType, setting: str, name: str) -> Any:
+    known = [kind for kind in dir(module) if kind.endswith(setting.capitalize()) and not kind.startswith("Base")]
+    check(name in known, f"{setting}={name}: Optuna has {', '.join(known)}")
+    return getattr(module, name)
+
+
+def _made(kind: Any, **options: Any) -> Any:
+    try:
+        return kind(**options)
+    except (TypeError, ImportError) as error:
+        raise InputError(f"{kind.__name__} cannot be used here: {error}") from error

@@ -1,0 +1,181 @@
+"""Many runs from one command line: `python -m slm.sweep --model.learning_rate 0.001 0.003 --seed_everything 0 1 2`.
+
+A flag of `train.py` may have several values. Every combination of values is trained, one after another, as an ordinary
+run; with `--trials N` a search chooses N of them. The same command goes on with a sweep that was stopped, exactly, and
+several processes or machines that have its folder share the work.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from slm.cli import train
+from slm.command.exit_codes import ends_in_one_line
+from slm.command.flags import new_parser, parse_flags
+from slm.command.settings import flat
+from slm.errors import InputError, Stopped, check
+from slm.hardware import accelerator_kind, describe, prepare_cpu
+from slm.messages import say, silence_notices
+from slm.research.cost import COMMAND, Cost, cost_of
+from slm.research.points import Flags, Point, Points, Result, grid, key_of, runs_of, split
+from slm.research.runs import SEEDS, UNTOLD, duration, group_table, read_run
+from slm.research.search import SEED, Search, as_range, as_text
+from slm.run.signals import Progress, stopped_by_signals
+
+SECONDS_TO_WAIT = 5.0
+"""For points that other processes train."""
+SAME_COST = (
+    *SEEDS,
+    *(f"model.{name}" for name in ("learning_rate", "min_learning_rate", "weight_decay", "warmup_steps")),
+)
+"""Settings that change nothing in what a run costs."""
+SECONDS_TO_START = 5
+HELP = ("-h", "--help")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a sweep takes beside the flags of train.py, of which each may have several values.
+
+    Args:
+        trials: how many points a search tries; null trains all of them. Only a search takes ranges, as in
+            `--model.learning_rate 0.0003..0.03`.
+        sampler: what chooses them, a class of optuna.samplers.
+        pruner: what gives up runs that are not promising, a class of optuna.pruners; NopPruner gives up none.
+        dry_run: only says what it will cost.
+    """
+
+    trials: int | None = None
+    sampler: str = "TPESampler"
+    pruner: str = "MedianPruner"
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.trials is None or self.trials >= 1, f"trials={self.trials} must be at least 1")
+
+
+def sweep(flags: Flags, options: Options) -> int:
+    """Train the points of a sweep and print what they reached; returns how many failed."""
+    if options.trials is None:
+        ranges = [f"{name} {values[0]}" for name, values in flags if as_range(values)]
+        check(not ranges, f"{ranges and ranges[0]} is a range, in which only a search chooses: add --trials N")
+        points = grid(flags)
+        folder = Points(runs_of(points[0].command()))
+        results, num_failed = train_all(folder, {folder.key(point): point for point in points})
+    else:
+        folder = Points(runs_of(corner(flags, 0).command()))
+        search = Search(flags, folder, options.trials, options.sampler, options.pruner)
+        results, num_failed = search.run(), 0
+    if results:
+        print(group_table([read_run(result.run) for result in results]))
+        say(f"see them with python -m slm.runs {folder.runs} --figure {folder.runs / 'sweep.png'}")
+    return num_failed
+
+
+def train_all(folder: Points, points: dict[str, Point]) -> tuple[list[Result], int]:
+    """Train each point that no process has trained yet; returns what they reached, and how many failed."""
+    results: dict[str, Result] = {}
+    failed: set[str] = set()
+    is_waiting = False
+    while left := [key for key in points if key not in results and key not in failed]:
+        num_done = len(results) + len(failed)
+        for key in left:
+            point = points[key]
+            with folder.claimed(key) as is_ours:
+                if not is_ours or folder.is_trained_elsewhere(key, point):
+                    continue
+                if (found := folder.result(key)) is None:
+                    say(f"{len(results) + len(failed) + 1} of {len(points)}: {point}")
+                    start = time.perf_counter()
+                    try:
+                        found = folder.train(key, point)
+                    except InputError as error:
+                        say(f"failed: {error}")
+                        failed.add(key)
+                        continue
+                    assert found is not None
+                    reached = "no validation" if found.loss is None else f"{found.loss:.3f}"
+                    say(f"{found.run}: {reached}, after {duration(time.perf_counter() - start)}")
+                results[key] = found
+        if len(results) + len(failed) == num_done:
+            if not is_waiting:
+                say(f"{len(left)} of {len(points)} are trained by other processes: waiting for them")
+            is_waiting = True
+            time.sleep(SECONDS_TO_WAIT)
+    return [results[key] for key in points if key in results], len(failed)
+
+
+def cost_table(flags: Flags, options: Options) -> str:
+    """What the points cost on this machine, one row for all that cost the same, and their sum below."""
+    is_search = options.trials is not None
+    points = [corner(flags, at) for at in (0, -1)] if is_search else grid(flags)
+    costs: dict[str, Cost] = {}
+    alike: dict[str, list[Point]] = {}
+    for point in points:
+        settings = dict(flat(point.command().settings.as_dict()))
+        key = key_of({name: value for name, value in settings.items() if not name.startswith((*UNTOLD, *SAME_COST))})
+        alike.setdefault(key, []).append(point)
+    rows = ["| runs | the first of them | parameters | steps | ms/step | time of one |", "|---|---|---|---|---|---|"]
+    for key, group in alike.items():
+        cost = costs[key] = cost_of(group[0].argv)
+        facts = f"{cost.parameters:,} | {cost.steps:,} | {cost.milliseconds:.0f} | {duration(cost.seconds)}"
+        rows.append(f"| {'' if is_search else len(group)} | {group[0]} | {facts} |")
+    each = [costs[key].seconds + SECONDS_TO_START for key, group in alike.items() for _ in group]
+    if options.trials is None:
+        total = f"{len(points)} runs: {duration(sum(each))} in one process"
+    else:
+        num_runs = options.trials * len(grid([(name, values) for name, values in flags if name == SEED]))
+        low, high = (duration(num_runs * seconds) for seconds in (min(each), max(each)))
+        total = f"{num_runs} runs: {low} to {high} in one process, less what is given up early"
+    about = f"on {describe(torch.device(accelerator_kind('auto')))}, {SECONDS_TO_START} s of each to start"
+    return "\n".join([*rows, "", f"{total}, {about}."])
+
+
+def corner(flags: Flags, at: int) -> Point:
+    """The point of a search at the first or the last value of each flag."""
+    words, searched = [], []
+    for name, values in flags:
+        found = as_range(values)
+        ends = [as_text(end) for end in (found.low, found.high)] if found else values
+        words.append(f"{name}={ends[at]}" if ends else name)
+        searched += words[-1:] if len(ends) > 1 else []
+    return Point(tuple(words), tuple(searched))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    silence_notices()
+    prepare_cpu()
+    with ends_in_one_line():
+        if given[:1] == [COMMAND]:
+            train(given[1:], Progress())
+            return
+        ours = [f"--{name}" for name in Options.__dataclass_fields__]
+        parser = new_parser("sweep")
+        parser.add_class_arguments(Options)
+        flags = split(given)
+        own = [f"{name}={' '.join(values) or 'true'}" for name, values in flags if name in ours]
+        options = Options(**vars(parse_flags(parser, [*own, *(name for name, _ in flags if name in HELP)])))
+        others = [(name, values) for name, values in flags if name not in ours]
+        for name in ("--ckpt_path", "--print_config"):
+            check(name not in dict(others), f"{name}: a sweep trains new runs, leave it out")
+        others.append(("--trainer.enable_progress_bar", ["false"]))
+        if options.dry_run:
+            print(cost_table(others, options))
+            return
+        try:
+            with stopped_by_signals():
+                failed = sweep(others, options)
+        except Stopped as stop:
+            say(f"stopped by {signal.Signals(stop.signum).name}: the same command goes on with the sweep")
+            raise SystemExit(128 + stop.signum) from None
+        check(not failed, f"{failed} of its runs failed: see above; the same command tries them again")
+
+
+if __name__ == "__main__":
+    main()
