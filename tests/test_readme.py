@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, llama_folder, run_command
 
 import slm as package
-from slm import export, generate, runs
+from slm import export, generate, generate_benchmark, runs
 from slm.cli import main
 
 README = (ROOT / "README.md").read_text()
@@ -30,7 +30,8 @@ FAMILIES = "python -m tests.families --config configs/text.yaml"
 [DOWNLOAD] = [line for line in OTHER if line.startswith("hf download ")]
 [TORCHRUN] = [line for line in OTHER if line.startswith("torchrun ")]
 BENCHMARK = "python -m slm.benchmark"
-SWEEPS = [line for line in OTHER if line.startswith(f"{BENCHMARK} --sweep ")]
+BENCHMARK_SWEEPS = [line for line in OTHER if line.startswith(f"{BENCHMARK} --sweep ")]
+SWEEPS = [line for line in OTHER if line.startswith("python -m slm.sweep ")]
 SHORTER = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
 TWO_STEPS = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--model.short_context_steps=1"]
 SMALLER = [
@@ -58,15 +59,17 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
     assert len(run_in_order) >= 6
     left = [line for line in OTHER[2:] if line not in run_in_order]
     of_processes = [TORCHRUN, STRESS_PROCESSES, PROCESSES_COST]
+    assert len(SWEEPS) == 2
     assert left == [
         FAMILIES,
         ENTROPIES,
+        *SWEEPS,
         STRESS,
         *of_processes,
         GENERATE_BENCHMARK,
         DOWNLOAD,
         BENCHMARK,
-        *SWEEPS,
+        *BENCHMARK_SWEEPS,
         SHARED_CORES,
         GPU_REPORT,
     ]
@@ -125,7 +128,7 @@ def test_the_commands_run_one_after_another(
             capsys.readouterr()
             module.main(shlex.split(line, comments=True)[3:])
             printed = capsys.readouterr().out
-            assert printed.startswith({generate: "The ", runs: "| run "}.get(module, ""))
+            assert printed.startswith({generate: "The ", runs: "| run"}.get(module, ""))
             assert module is not runs or "model=MyModel" in printed
         if line not in TRAIN:
             continue
@@ -249,15 +252,25 @@ def test_the_speed_of_writing_is_measured_beside_hugging_face(workdir: Path) -> 
     assert result.returncode == 0, result.stderr
     figures = r"^\| (\d+) \| (\d+) \| [\d,]+ \([\d,]+ to [\d,]+\) \| [\d,]+ \| [\d.]+ \|$"
     assert re.findall(figures, result.stdout, re.M) == [("16", "1"), ("16", "2")]
-    assert len(re.findall(figures, README, re.M)) >= 2
+    assert len(re.findall(figures, generate_benchmark.__doc__ or "", re.M)) == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_is_trained_and_another_one_says_what_it_costs(workdir: Path) -> None:
+    pytest.importorskip("optuna")
+    trained, told = (run_command(*shlex.split(line)[1:], *SHORTER, *SMALLER, cwd=workdir) for line in SWEEPS)
+    assert (trained.returncode, told.returncode) == (0, 0), trained.stderr + told.stderr
+    rows = re.findall(r"^\| version_(\d), (\d), (\d) +\| 3 ", trained.stdout, re.M)
+    assert sorted(number for row in rows for number in row) == list("012345")
+    assert re.search(r"^20 runs: \d+:\d\d to \d+:\d\d in one process", told.stdout, re.M)
 
 
 @pytest.mark.slow
 def test_a_sweep_measures_the_command_at_each_value(workdir: Path) -> None:
-    swept = [shlex.split(line)[4] for line in SWEEPS]
+    swept = [shlex.split(line)[4] for line in BENCHMARK_SWEEPS]
     assert swept == ["model.vocab_size"]
     result = run_command(
-        *shlex.split(SWEEPS[0])[1:4], swept[0], "64,128", *SMALLER, "--data.num_tokens=9000", cwd=workdir
+        *shlex.split(BENCHMARK_SWEEPS[0])[1:4], swept[0], "64,128", *SMALLER, "--data.num_tokens=9000", cwd=workdir
     )
     assert result.returncode == 0, result.stderr
     assert re.findall(r"^\| (\d+) \| \d+ \| [\d.]+ \| \d+% \| [\d.]+ GB \|$", result.stdout, re.M) == ["64", "128"]
