@@ -5,11 +5,14 @@ run; with `--trials N` a search chooses N of them. The same command goes on with
 several processes or machines that have its folder share the work.
 """
 
+import contextlib
+import inspect
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -34,7 +37,9 @@ SAME_COST = (
 )
 """Settings that change nothing in what a run costs."""
 SECONDS_TO_START = 5
+COST_HEADER = ("| runs | the first of them | parameters | steps | ms/step | time of one |", "|---|---|---|---|---|---|")
 HELP = ("-h", "--help")
+_Options = TypeVar("_Options")
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def sweep(flags: Flags, options: Options) -> int:
     return num_failed
 
 
-def train_all(folder: Points, points: dict[str, Point]) -> tuple[list[Result], int]:
+def train_all(folder: Points, points: Mapping[str, Point]) -> tuple[list[Result], int]:
     """Train each point that no process has trained yet; returns what they reached, and how many failed."""
     results: dict[str, Result] = {}
     failed: set[str] = set()
@@ -109,30 +114,45 @@ def train_all(folder: Points, points: dict[str, Point]) -> tuple[list[Result], i
     return [results[key] for key in points if key in results], len(failed)
 
 
-def cost_table(flags: Flags, options: Options) -> str:
-    """What the points cost on this machine, one row for all that cost the same, and their sum below."""
-    is_search = options.trials is not None
-    points = [corner(flags, at) for at in (0, -1)] if is_search else grid(flags)
-    costs: dict[str, Cost] = {}
-    alike: dict[str, list[Point]] = {}
+def cost_table(points: Sequence[Point]) -> str:
+    """What points cost on this machine, one row for all that cost the same, and their sum below."""
+    rows, seconds = [*COST_HEADER], 0.0
+    for group in alike(points):
+        cost = cost_of(group[0].argv)
+        rows.append(f"| {len(group)} | {group[0]} | {_facts(cost)} |")
+        seconds += len(group) * (cost.seconds + SECONDS_TO_START)
+    return "\n".join([*rows, "", f"{len(points)} runs: {duration(seconds)} in one process{_about()}"])
+
+
+def search_cost(flags: Flags, num_trials: int) -> str:
+    """What a search costs, between what its trials at both ends of all flags do."""
+    ends = [corner(flags, at) for at in (0, -1)]
+    costs = [cost_of(point.argv) for point in ends]
+    rows = [f"| | {point} | {_facts(cost)} |" for point, cost in zip(ends, costs, strict=True)]
+    num_runs = num_trials * len(grid([(name, values) for name, values in flags if name == SEED]))
+    low, high = (
+        duration(num_runs * (seconds + SECONDS_TO_START)) for seconds in sorted(cost.seconds for cost in costs)
+    )
+    total = f"{num_runs} runs: {low} to {high} in one process, less what is given up early{_about()}"
+    return "\n".join([*COST_HEADER, *rows, "", total])
+
+
+def alike(points: Sequence[Point]) -> list[list[Point]]:
+    """Points that cost the same together; raises InputError where one cannot be trained."""
+    groups: dict[str, list[Point]] = {}
     for point in points:
         settings = dict(flat(point.command().settings.as_dict()))
         key = key_of({name: value for name, value in settings.items() if not name.startswith((*UNTOLD, *SAME_COST))})
-        alike.setdefault(key, []).append(point)
-    rows = ["| runs | the first of them | parameters | steps | ms/step | time of one |", "|---|---|---|---|---|---|"]
-    for key, group in alike.items():
-        cost = costs[key] = cost_of(group[0].argv)
-        facts = f"{cost.parameters:,} | {cost.steps:,} | {cost.milliseconds:.0f} | {duration(cost.seconds)}"
-        rows.append(f"| {'' if is_search else len(group)} | {group[0]} | {facts} |")
-    each = [costs[key].seconds + SECONDS_TO_START for key, group in alike.items() for _ in group]
-    if options.trials is None:
-        total = f"{len(points)} runs: {duration(sum(each))} in one process"
-    else:
-        num_runs = options.trials * len(grid([(name, values) for name, values in flags if name == SEED]))
-        low, high = (duration(num_runs * seconds) for seconds in (min(each), max(each)))
-        total = f"{num_runs} runs: {low} to {high} in one process, less what is given up early"
-    about = f"on {describe(torch.device(accelerator_kind('auto')))}, {SECONDS_TO_START} s of each to start"
-    return "\n".join([*rows, "", f"{total}, {about}."])
+        groups.setdefault(key, []).append(point)
+    return list(groups.values())
+
+
+def _facts(cost: Cost) -> str:
+    return f"{cost.parameters:,} | {cost.steps:,} | {cost.milliseconds:.0f} | {duration(cost.seconds)}"
+
+
+def _about() -> str:
+    return f", {SECONDS_TO_START} s of each to start; measured on {describe(torch.device(accelerator_kind('auto')))}"
 
 
 def corner(flags: Flags, at: int) -> Point:
@@ -146,6 +166,40 @@ def corner(flags: Flags, at: int) -> Point:
     return Point(tuple(words), tuple(searched))
 
 
+def options_and_flags(module: str, kind: type[_Options], argv: Sequence[str]) -> tuple[_Options, Flags]:
+    """A command line as the options that a command has of its own, and the flags of train.py in their order.
+
+    Raises:
+        InputError: an option with a wrong value, or a flag that is not for new runs.
+    """
+    parser = new_parser(module)
+    parser.add_class_arguments(kind)
+    names = [f"--{name}" for name in inspect.signature(kind).parameters]
+    flags = split(argv)
+    own = [f"{name}={_as_one(values)}" for name, values in flags if name in names]
+    options = kind(**vars(parse_flags(parser, [*own, *(name for name, _ in flags if name in HELP)])))
+    others = [(name, values) for name, values in flags if name not in names]
+    for name in ("--ckpt_path", "--print_config"):
+        check(name not in dict(others), f"{name}: only new runs are trained here, leave it out")
+    return options, [*others, ("--trainer.enable_progress_bar", ["false"])]
+
+
+def _as_one(values: Sequence[str]) -> str:
+    """An option's value; several are a list, and none is `true`."""
+    return f"[{','.join(values)}]" if len(values) > 1 else values[0] if values else "true"
+
+
+@contextlib.contextmanager
+def stopping_goes_on() -> Iterator[None]:
+    """Let a signal that ends the body say how to go on, and give its exit status."""
+    try:
+        with stopped_by_signals():
+            yield
+    except Stopped as stop:
+        say(f"stopped by {signal.Signals(stop.signum).name}: the same command goes on")
+        raise SystemExit(128 + stop.signum) from None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -155,25 +209,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given[:1] == [COMMAND]:
             train(given[1:], Progress())
             return
-        ours = [f"--{name}" for name in Options.__dataclass_fields__]
-        parser = new_parser("sweep")
-        parser.add_class_arguments(Options)
-        flags = split(given)
-        own = [f"{name}={' '.join(values) or 'true'}" for name, values in flags if name in ours]
-        options = Options(**vars(parse_flags(parser, [*own, *(name for name, _ in flags if name in HELP)])))
-        others = [(name, values) for name, values in flags if name not in ours]
-        for name in ("--ckpt_path", "--print_config"):
-            check(name not in dict(others), f"{name}: a sweep trains new runs, leave it out")
-        others.append(("--trainer.enable_progress_bar", ["false"]))
+        options, flags = options_and_flags("sweep", Options, given)
         if options.dry_run:
-            print(cost_table(others, options))
+            is_search = options.trials is not None
+            print(search_cost(flags, options.trials or 0) if is_search else cost_table(grid(flags)))
             return
-        try:
-            with stopped_by_signals():
-                failed = sweep(others, options)
-        except Stopped as stop:
-            say(f"stopped by {signal.Signals(stop.signum).name}: the same command goes on with the sweep")
-            raise SystemExit(128 + stop.signum) from None
+        with stopping_goes_on():
+            failed = sweep(flags, options)
         check(not failed, f"{failed} of its runs failed: see above; the same command tries them again")
 
 

@@ -7,7 +7,7 @@ P points, R resamplings of them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +58,11 @@ class Fit:
     law: Law
     resampled: Sequence[Law]
 
-    def interval(self, *values: float, share: float = 0.9) -> tuple[float, float]:
-        """Where the middle of this share of values lies."""
-        low, high = torch.tensor(values, dtype=torch.float64).quantile(
-            torch.tensor([(1 - share) / 2, (1 + share) / 2], dtype=torch.float64)
-        )
-        return float(low), float(high)
+    def interval(self, value_of: Callable[[Law], float]) -> tuple[float, float]:
+        """Between which two a value lies in 90 % of the resampled laws."""
+        values = torch.tensor([value_of(law) for law in self.resampled], dtype=torch.float64)
+        low, high = values.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
+        return low, high
 
 
 def fit(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float], seed: int = 0) -> Fit:
@@ -106,9 +105,7 @@ def _laws(n: Tensor, d: Tensor, loss: Tensor, counts: Tensor) -> list[Law]:
     return [Law(*row.tolist()) for row in torch.cat([numbers, best], dim=1) if row.isfinite().all()]
 
 
-def _best_of_grid(
-    n: Tensor, d: Tensor, loss: Tensor, counts: Tensor, a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor]:
+def _best_of_grid(n: Tensor, d: Tensor, loss: Tensor, counts: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The best exponents (R, 2) of the grids a (R, G) and b (R, G), and E, A and B (R, 3) beside them."""
     best = torch.full((len(counts),), math.inf, dtype=torch.float64)
     exponents, numbers = torch.zeros(len(counts), 2, dtype=torch.float64), torch.zeros(len(counts), 3).double()

@@ -5,7 +5,7 @@ T time, H heads. Importing this file imports matplotlib: do so when the first fi
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 from matplotlib.figure import Figure
@@ -75,6 +75,33 @@ def groups_figure(curves: Mapping[str, Sequence[tuple[int, Sequence[float]]]], o
     if optimum is not None:
         axes.axhline(optimum, color="#188038", linestyle="--", label=f"optimum {optimum:.3f}")
     figure.legend(loc="outside lower center", fontsize=8)
+    return figure
+
+
+def law_figure(
+    models: Sequence[tuple[int, int, float]], law: Callable[[float, float], float], limits: Mapping[str, float]
+) -> Figure:
+    """Losses in nats per token over the tokens that models were trained on, and what a law makes of them.
+
+    Args:
+        models: parameters, tokens and loss of each.
+        law: the loss that it gives for parameters and tokens.
+        limits: losses that are drawn as horizontal lines, by name.
+    """
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel="tokens, each seen once", ylabel="validation loss, nats per token", xscale="log")
+    axes.grid(color="#e3e5e8")
+    axes.spines[["top", "right"]].set_visible(False)
+    most = max(tokens for _, tokens, _ in models)
+    for size in sorted({parameters for parameters, *_ in models}):
+        tokens, losses = zip(*sorted((t, loss) for parameters, t, loss in models if parameters == size), strict=True)
+        [dots] = axes.plot(tokens, losses, "o", label=f"{size:,} parameters")
+        along = [tokens[0] * (2 * most / tokens[0]) ** (step / 50) for step in range(51)]
+        axes.plot(along, [law(size, t) for t in along], color=dots.get_color())
+    for (name, limit), style in zip(limits.items(), ("--", ":"), strict=False):
+        axes.axhline(limit, color="#188038", linestyle=style, label=f"{name} {limit:.3f}")
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
