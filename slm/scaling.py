@@ -27,7 +27,7 @@ from slm.research.points import Flags, Point, Points, Result, grid, key_of, runs
 from slm.research.runs import read_run
 from slm.sweep import cost_table, options_and_flags, stopping_goes_on, train_all
 
-HEAD_DIM = 16
+HEAD_DIM = 8
 """Of every size of model: more heads, not larger ones."""
 WARMUP = 1 / 20
 """Of a run's steps."""

@@ -81,7 +81,7 @@ def test_a_range_is_whole_or_not_and_logarithmic_if_it_is_wide() -> None:
     ("argv", "message"),
     [
         (["fit", "--model.embed_dim", "16", "32"], "fit: a sweep trains, give it the flags of train.py alone"),
-        (["--ckpt_path=last"], "--ckpt_path: a sweep trains new runs, leave it out"),
+        (["--ckpt_path=last"], "--ckpt_path: only new runs are trained here, leave it out"),
         (["--model.embed_dim", "16", "31"], "embed_dim=31 is not divisible by num_heads="),
         (["--model.embed_dims", "16", "32"], "unknown setting model.embed_dims"),
         (["--model.learning_rate", "0.001..0.1"], "a range, in which only a search chooses: add --trials N"),
@@ -113,7 +113,7 @@ def test_a_killed_sweep_goes_on_to_the_bits_of_runs_that_were_never_stopped(work
         sweep.send_signal(signum)
         _, said = sweep.communicate()
         assert sweep.returncode == status
-        assert said.endswith("the same command goes on with the sweep\n")
+        assert said.endswith("the same command goes on\n")
         assert "Traceback" not in said
     assert read_checkpoint(kept)["global_step"] < 120 * 4, "it was over before it was stopped: give it more epochs"
     assert run_command("-m", "slm.sweep", *argv, cwd=workdir).returncode == 0
