@@ -48,7 +48,7 @@ class Ladder:
     """
 
     embed_dims: Sequence[int] = (16, 24, 32, 48, 64)
-    tokens: Sequence[int] = (500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000)
+    tokens: Sequence[int] = (500_000, 1_000_000, 2_000_000, 4_000_000)
     dry_run: bool = False
 
     def __post_init__(self) -> None:
