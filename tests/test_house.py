@@ -18,7 +18,8 @@ WINGS = {  # each with those that it may import from
     "run": {GROUND, "model", "training", "data"},
     "watch": {GROUND, "model", "training", "data", "run"},
     "command": {GROUND, "model", "training", "data", "run", "watch"},
-    "doors": {GROUND, "model", "training", "data", "formats", "run", "watch", "command"},
+    "page": {GROUND, "model", "training", "data", "run", "watch", "command"},
+    "doors": {GROUND, "model", "training", "data", "formats", "run", "watch", "command", "page"},
 }
 ON_THE_GROUND = {"errors", "durable", "hardware", "messages", "paths"}
 FILES = {

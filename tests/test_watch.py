@@ -23,10 +23,11 @@ from slm.data.text_stream import Numbers
 from slm.data.tokenizer import ByteTokenizer
 from slm.errors import InputError
 from slm.formats.hugging_face import as_transformers
+from slm.model.insight import attention
 from slm.model.transformer import Block
 from slm.watch import tensorboard as watch
 from slm.watch.pictures import attention_figure, loss_figure
-from slm.watch.tensorboard import Watch, Watcher, attention, label, read_curves
+from slm.watch.tensorboard import Watch, Watcher, label, read_curves
 
 Run = Callable[..., str]
 RUN = Path("runs/version_0")
