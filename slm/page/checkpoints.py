@@ -20,6 +20,7 @@ from slm.run.loading import class_path_of, first_network, restore_network
 
 FIRST = "first weights, untrained"
 NONE = "nothing"
+EXAMPLE_NUMBERS = 24
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Checkpoint:
         model: its network.
         tokenizer: of its text; of dummy data the numbers.
         source: of its dummy tokens, whose probabilities are known; None for text, and where the data is not known.
+        example: tokens of the source, or where none is known any.
         others: what can be put beside it: names, each with the file, or None where the network is made anew.
     """
 
@@ -61,6 +63,8 @@ class Checkpoint:
         self.tokenizer: Tokenizer | Numbers = stored_tokenizer(self._content.get("tokenizer"), hparams["vocab_size"])
         self._settings = self._settings_of_run()
         self.source = _source(self._content.get("data") or self._settings.get("data"), hparams)
+        numbers = torch.arange(EXAMPLE_NUMBERS) if self.source is None else self.source.sample(EXAMPLE_NUMBERS)
+        self.example = [number % hparams["vocab_size"] for number in numbers.tolist()]
         self.others = self._others()
         self._content = {name: self._content[name] for name in KEPT if name in self._content}  # without the optimizer
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 CELL, SIGN = 12, 6.2
 """Units of a map's drawing: a cell, and a letter of its labels."""
+LARGEST_ZOOM, WIDTH = 1.4, 640
+"""A small map is drawn larger, by so much or up to that width."""
 LONGEST_LABEL = 8
 INK = (37, 99, 235)
 """Of maps, red, green and blue; how opaque it is, is the weight, so that it does on a light and on a dark page."""
@@ -102,13 +104,13 @@ def surprised(names: Sequence[str], shares: Sequence[float], tips: Sequence[str]
     return "".join(spans)
 
 
-def attention_map(weights: Tensor, names: Sequence[str], selected: int | None, label: str) -> str:
+def attention_map(weights: Tensor, names: Sequence[str], selected: int, label: str) -> str:
     """The weights (T, T) of one head: a row for each token that looks, a column for each that is looked at.
 
     Args:
         weights: between 0 and 1; the upper triangle is empty.
         names: of the tokens.
-        selected: the row that is framed; None for none.
+        selected: the row that is framed.
         label: for those who do not see the drawing.
     """
     short = [name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…" for name in names]
@@ -119,13 +121,12 @@ def attention_map(weights: Tensor, names: Sequence[str], selected: int | None, l
         texts.append(f"<text x={margin - 4:.0f} y={middle + 3:.1f} text-anchor=end>{escape(name)}</text>")
         place = f"transform='translate({middle + 3:.1f} {margin - 4:.0f}) rotate(-90)'"
         texts.append(f"<text {place}>{escape(name)}</text>")
-    frame = ""
-    if selected is not None:
-        width = CELL * (selected + 1)
-        frame = f"<rect class=frame x={margin} y={margin + CELL * selected} width={width} height={CELL} />"
+    top, width = margin + CELL * selected, CELL * (selected + 1)
+    frame = f"<rect class=frame x={margin} y={top} width={width} height={CELL} />"
     image = f"<image href='{picture(weights)}' x={margin} y={margin} width={size} height={size} />"
     edge = f"<path class=edge d='M{margin} {margin}V{margin + size}H{margin + size}Z' />"
-    box = f"viewBox='0 0 {margin + size + 2:.0f} {margin + size + 2:.0f}' width={margin + size + 2:.0f}"
+    whole = margin + size + 2
+    box = f"viewBox='0 0 {whole:.0f} {whole:.0f}' width={max(whole, min(LARGEST_ZOOM * whole, WIDTH)):.0f}"
     drawing = f"<svg {box} role=img aria-label='{escape(label, quote=True)}'>{edge}{image}{frame}{''.join(texts)}</svg>"
     return _wide(drawing, "map of attention")
 

@@ -27,9 +27,11 @@ from slm.page.worker import Latest, SupersededError, Worker
 from slm.page.writing import Writing
 
 EXAMPLE = "The model reads a text, and after each word it has an idea of the next."
-EXAMPLE_NUMBERS = 24
 NUM_BARS, NUM_SAID = 15, 5
 MAP_TOKENS = 64
+CUT_MAP = (
+    f"A map shows {MAP_TOKENS} tokens, up to the chosen one. Its rows add up to less than 1 by what lies before them."
+)
 LARGEST_TOP_K = 50
 
 
@@ -90,7 +92,7 @@ class Page:
         )
         ui.add_css(Path(__file__).with_name("style.css"))
         self._build()
-        ui.timer(0, self.read_text, once=True)
+        ui.timer(0, self._begin, once=True)
 
     # ---- what stands there
 
@@ -126,12 +128,12 @@ class Page:
             with panel(
                 "How surprised is it?",
                 "Before each token the model gives every possible token a probability. Its surprise is minus the "
-                "logarithm of the one that it gave to the token that came, in nats: 0 is certainty, and "
-                f"{blind:.2f} a blind guess among {self.vocab_size:,}.",
+                "logarithm of the one that it gave to the token that came, in nats: 0 is certainty, "
+                f"{blind:.2f} is a blind guess among {self.vocab_size:,}.",
                 *([known] if has_source else []),
             ):
                 self.figures = ui.html("", sanitize=False, tag="dl").classes("figures")
-                legend = f"<span>0 nats</span><span class=scale></span><span>{blind:.1f} nats or more</span>"
+                legend = f"<span>0 nats</span><span class=scale></span><span>{blind:.2f} nats or more</span>"
                 ui.html(legend, sanitize=False).classes("legend").props("aria-hidden=true")
                 self.tokens = Tokens("your text, token by token", self.place)
                 tag(
@@ -161,9 +163,7 @@ class Page:
     def _example(self) -> str:
         if self.checkpoint.tokenizer.end_of_text is not None:
             return EXAMPLE
-        source, count = self.checkpoint.source, min(EXAMPLE_NUMBERS, self.transformer.max_seq_len)
-        numbers = torch.arange(count) % self.vocab_size if source is None else source.sample(count)
-        return " ".join(map(str, numbers.tolist()))
+        return " ".join(map(str, self.checkpoint.example[: self.transformer.max_seq_len]))
 
     def _build_next(self) -> None:
         with panel(
@@ -203,6 +203,7 @@ class Page:
             self.attended_title = tag("h3")
             self.attended = ui.html("", sanitize=False).classes("text attended")
             self.map_title = tag("h3")
+            self.map_note = tag("p", classes="muted")
             self.map = ui.html("", sanitize=False)
 
     def _build_other(self) -> None:
@@ -214,10 +215,12 @@ class Page:
         ):
             if len(others) == 1:
                 tag("p", "This checkpoint lies in no folder of a run, so there is nothing to put beside it.", "muted")
-            self.other_choice = ui.select(others, value=NONE, on_change=self._choose_other, label="beside it")
+            self.other_choice = ui.select(
+                others, value=others[min(1, len(others) - 1)], on_change=self._choose_other, label="beside it"
+            )
             self.other_choice.props("dense outlined options-dense").style("min-width: min(100%, 18rem)")
             self.other_note = note()
-            self.compared = ui.html("", sanitize=False)
+            self.compared = ui.html("", sanitize=False).classes("compared")
             self.other_choice.set_visibility(len(others) > 1)
 
     # ---- what is computed
@@ -245,6 +248,7 @@ class Page:
         tokens = torch.tensor(ids)
         reading = read(transformer, tokens.to(transformer.output_weight.device))
         found = surprise(transformer, reading)
+        next_logits(transformer, reading.hidden[-1])  # which may not be finite either
         source = self.checkpoint.source
         return Seen(
             tokens=ids,
@@ -267,6 +271,10 @@ class Page:
         return f"{what} · {facts} · rank {rank:,} of {self.vocab_size:,}"
 
     # ---- what follows what
+
+    async def _begin(self) -> None:
+        await self.read_text()
+        await self._choose_other()
 
     async def read_text(self) -> None:
         """Show everything anew, for another text."""
@@ -400,11 +408,13 @@ class Page:
             return
         if num_layers != len(self.layer_choice.options):
             self.layer_choice.set_options({layer: f"layer {layer + 1}" for layer in range(num_layers)})
-        layer, place, start = self.layer, self.tokens.chosen, max(0, len(seen.tokens) - MAP_TOKENS)
+        layer, place = self.layer, self.tokens.chosen
+        end = min(len(seen.tokens), max(MAP_TOKENS, place + 1))
+        start = max(0, end - MAP_TOKENS)
 
         def compute() -> tuple[Tensor, Tensor]:
             weights = seen.reading.attention(layer)
-            return weights[:, place].cpu(), weights[:, start:, start:].cpu()
+            return weights[:, place].cpu(), weights[:, start:end, start:end].cpu()
 
         try:
             rows, maps = await self.worker.run(compute, self._attention.new())
@@ -419,11 +429,11 @@ class Page:
         name, row = f"Layer {layer + 1}, head {self.head + 1}", rows[self.head].tolist()
         self.attended_title.set_content(f"{name}: what token {place + 1}, “{escape(seen.names[place])}”, attends to")
         self.attended.set_content(shaded(seen.names[: place + 1], row[: place + 1]))
-        among = f" (the last {MAP_TOKENS} tokens; what is before them has its share too)" if start else ""
-        self.map_title.set_content(f"{name}: every token{among}")
-        label = f"attention of layer {layer + 1}, head {self.head + 1}, between tokens"
-        framed = place - start if place >= start else None
-        self.map.set_content(attention_map(maps[self.head], seen.names[start:], framed, label))
+        is_cut = len(seen.tokens) > MAP_TOKENS
+        self.map_title.set_content(f"{name}: {f'tokens {start + 1} to {end}' if is_cut else 'every token'}")
+        self.map_note.set_content(CUT_MAP if is_cut else "")
+        label = f"attention of layer {layer + 1}, head {self.head + 1}, between tokens {start + 1} to {end}"
+        self.map.set_content(attention_map(maps[self.head], seen.names[start:end], place - start, label))
 
     def _build_heads(self, num_heads: int) -> None:
         self.heads.clear()

@@ -18,7 +18,7 @@ def serve(checkpoint: Checkpoint, host: str, port: int, show: bool) -> None:
     worker = Worker()
     worker.interrupt(checkpoint.model.transformer)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "localhost"])
-    ui.run(
+    ui.run(  # assets are the package's own, and nothing is sent anywhere
         partial(Page, checkpoint, worker),
         host=host,
         port=port,
