@@ -29,9 +29,7 @@ from slm.page.writing import Writing
 EXAMPLE = "The model reads a text, and after each word it has an idea of the next."
 NUM_BARS, NUM_SAID = 15, 5
 MAP_TOKENS = 64
-CUT_MAP = (
-    f"A map shows {MAP_TOKENS} tokens, up to the chosen one. Its rows add up to less than 1 by what lies before them."
-)
+CUT_MAP = f"A map shows {MAP_TOKENS} tokens up to the chosen one; its rows lack what goes to tokens before these."
 LARGEST_TOP_K = 50
 
 

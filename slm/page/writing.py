@@ -151,11 +151,11 @@ class Writing:
         if self._steps is None:
             seed = int(self._seed.value or 0)
             self._sampler = Sampler(seed=seed)
-            for _ in self._written:  # each had a random number of its own, so that a seed always writes the same
-                self._sampler(torch.zeros(1, 2))
             ids = [*self._prompt, *(choice.token for choice in self._written)]
             transformer = self._checkpoint.model.transformer
             tokens = torch.tensor([ids], device=transformer.output_weight.device)
+            for _ in self._written:  # each has a random number of its own, so that a seed always writes the same
+                self._sampler(torch.zeros(1, 2, device=tokens.device))
             self._steps = decode(transformer, tokens, self._choose)
         next(self._steps)
         assert self._last_choice is not None
