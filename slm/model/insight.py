@@ -34,7 +34,7 @@ class Reading:
     stream: Sequence[Tensor]
     inputs: Sequence[tuple[CausalSelfAttention, Tensor]]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def attention(self, layer: int) -> Tensor:
         """How much each token attends to each one up to it, (H, T, T) in fp32; each row adds up to 1."""
         attention, x = self.inputs[layer]
@@ -54,7 +54,7 @@ class Surprise(NamedTuple):
     ranks: Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read(network: nn.Module, tokens: Tensor) -> Reading:
     """Let a network read tokens (T,), in eval mode, and note what happens on the way; raises what its forward raises.
 
@@ -102,7 +102,7 @@ def attention_layers(network: nn.Module) -> list[CausalSelfAttention]:
     return [module for module in network.modules() if isinstance(module, CausalSelfAttention)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def surprise(transformer: Transformer, reading: Reading) -> Surprise:
     """How each token but the first surprised the network; raises InputError where its logits are not finite."""
     nats, ranks = [reading.hidden.new_empty(0, dtype=torch.float)], [reading.tokens.new_empty(0)]
@@ -115,7 +115,7 @@ def surprise(transformer: Transformer, reading: Reading) -> Surprise:
     return Surprise(torch.cat(nats), torch.cat(ranks))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def next_logits(transformer: Transformer, hidden: Tensor) -> Tensor:
     """Logits (..., V), in fp32, of hidden states (..., D); raises InputError where they are not finite."""
     logits = transformer.logits(hidden).float()
@@ -124,7 +124,7 @@ def next_logits(transformer: Transformer, hidden: Tensor) -> Tensor:
     return logits
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def layer_logits(transformer: Transformer, reading: Reading, position: int) -> Tensor:
     """What the network would say comes next, were it to end after its embedding, or after each block: (L + 1, V).
 
