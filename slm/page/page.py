@@ -22,7 +22,7 @@ from slm.model.transformer import Transformer
 from slm.page.checkpoints import NONE, Checkpoint, Model
 from slm.page.drawing import Bar, attention_map, bars, layers, percent, picture, shaded, surprised
 from slm.page.names import visible
-from slm.page.parts import Tokens, note, panel, tag
+from slm.page.parts import Menu, Slider, Tokens, note, panel, tag
 from slm.page.worker import Latest, SupersededError, Worker
 from slm.page.writing import Writing
 
@@ -84,7 +84,7 @@ class Page:
         self.vocab_size = self.transformer.output_weight.shape[0]
         self.seen: Seen | None = None
         self.other: Model | None = None
-        self.layer = self.head = 0
+        self.head = self.num_layers = 0
         self._reading, self._placing, self._next, self._layers, self._attention, self._other = (
             Latest() for _ in range(6)
         )
@@ -170,20 +170,13 @@ class Page:
             "likeliest alone. Top-k keeps the k likeliest; top-p keeps the likeliest that together have this share.",
         ):
             with ui.element("div").classes("sliders"):
-                self.temperature, self._temperature_label = self._slider("temperature", 0, 2, 0.05, 0.8)
-                top_k = min(LARGEST_TOP_K, self.vocab_size) + 1
-                self.top_k, self._top_k_label = self._slider("top-k", 1, top_k, 1, top_k)
-                self.top_p, self._top_p_label = self._slider("top-p", 0.05, 1, 0.05, 1)
+                all_of_them = min(LARGEST_TOP_K, self.vocab_size) + 1
+                self.temperature = Slider("temperature", (0, 2), 0.05, 0.8, self.show_next)
+                self.top_k = Slider("top-k", (1, all_of_them), 1, all_of_them, self.show_next)
+                self.top_p = Slider("top-p", (0.05, 1), 0.05, 1, self.show_next)
             self.next_title = tag("h3")
             self.next = ui.html("", sanitize=False)
             self.next_left = tag("p", classes="muted")
-
-    def _slider(self, name: str, low: float, high: float, step: float, value: float) -> tuple[ui.slider, ui.html]:
-        with ui.element("div"):
-            label = ui.html("", sanitize=False)
-            slider = ui.slider(min=low, max=high, step=step, value=value, on_change=self.show_next)
-            slider.props["aria-label"] = name
-        return slider, label
 
     def _build_attention(self) -> None:
         self.head_buttons: list[ui.html] = []
@@ -194,8 +187,7 @@ class Page:
         ) as self.attention:
             self.attention_note = note()
             with ui.element("div").classes("row"):
-                self.layer_choice = ui.select({0: "layer 1"}, value=0, on_change=self._choose_layer)
-                self.layer_choice.props("dense outlined options-dense aria-label=layer").style("min-width: 8rem")
+                self.layer_choice = Menu("layer", ["1"], self.show_attention)
                 tag("span", "and its heads; choose one to see it large.", "muted")
             self.heads = ui.element("div").classes("heads")
             self.attended_title = tag("h3")
@@ -205,29 +197,24 @@ class Page:
             self.map = ui.html("", sanitize=False)
 
     def _build_other(self) -> None:
-        others = [NONE, *self.checkpoint.others]
+        self.others = [*self.checkpoint.others, NONE]
         with panel(
             "What has it learned?",
             "Another state of the same model reads the same text. Its first weights know nothing: all that is better "
             "than there was learned.",
         ):
-            if len(others) == 1:
+            if len(self.others) == 1:
                 tag("p", "This checkpoint lies in no folder of a run, so there is nothing to put beside it.", "muted")
-            self.other_choice = ui.select(
-                others, value=others[min(1, len(others) - 1)], on_change=self._choose_other, label="beside it"
-            )
-            self.other_choice.props("dense outlined options-dense").style("min-width: min(100%, 18rem)")
+            self.other_choice = Menu("beside it", self.others, self._choose_other)
             self.other_note = note()
             self.compared = ui.html("", sanitize=False).classes("compared")
-            self.other_choice.set_visibility(len(others) > 1)
 
     # ---- what is computed
 
     def settings(self) -> tuple[float, int | None, float]:
         """Temperature, top-k and top-p as the sliders have them."""
-        top_k = int(self.top_k.value or 1)
-        is_all = top_k > min(LARGEST_TOP_K, self.vocab_size)
-        return float(self.temperature.value or 0), None if is_all else top_k, float(self.top_p.value or 1)
+        is_all = self.top_k.value > min(LARGEST_TOP_K, self.vocab_size)
+        return self.temperature.value, None if is_all else int(self.top_k.value), self.top_p.value
 
     def share(self, nats: float | None) -> float:
         """How strong the colour of a surprise is: full for a blind guess."""
@@ -322,12 +309,9 @@ class Page:
     async def show_next(self) -> None:
         """Show the probabilities of the next token."""
         temperature, top_k, top_p = self.settings()
-        for label, name, value in (
-            (self._temperature_label, "temperature", f"{temperature:.2f}"),
-            (self._top_k_label, "top-k", "all" if top_k is None else str(top_k)),
-            (self._top_p_label, "top-p", f"{top_p:.2f}"),
-        ):
-            label.set_content(f"<label>{name} <output>{value}</output></label>")
+        self.temperature.say(f"{temperature:.2f}")
+        self.top_k.say("all" if top_k is None else str(top_k))
+        self.top_p.say(f"{top_p:.2f}")
         if (seen := self.seen) is None:
             return
         sampler, place = Sampler(temperature, top_k, top_p), self.tokens.chosen
@@ -388,10 +372,6 @@ class Page:
         self.layers_note.set_content("")
         self.layers.set_content(table)
 
-    async def _choose_layer(self) -> None:
-        self.layer = int(self.layer_choice.value)
-        await self.show_attention()
-
     async def _choose_head(self, head: int) -> None:
         self.head = head
         await self.show_attention()
@@ -404,9 +384,10 @@ class Page:
         if num_layers == 0:
             self.attention_note.set_content("This network has none of the attention layers that this page can read.")
             return
-        if num_layers != len(self.layer_choice.options):
-            self.layer_choice.set_options({layer: f"layer {layer + 1}" for layer in range(num_layers)})
-        layer, place = self.layer, self.tokens.chosen
+        if num_layers != self.num_layers:
+            self.num_layers = num_layers
+            self.layer_choice.offer([str(layer + 1) for layer in range(num_layers)])
+        layer, place = self.layer_choice.chosen, self.tokens.chosen
         end = min(len(seen.tokens), max(MAP_TOKENS, place + 1))
         start = max(0, end - MAP_TOKENS)
 
@@ -441,7 +422,7 @@ class Page:
             button.on("click", partial(self._choose_head, head), args=[])
 
     async def _choose_other(self) -> None:
-        name, self.other = self.other_choice.value, None
+        name, self.other = self.others[self.other_choice.chosen], None
         self.other_note.set_content("")
         is_wanted = self._other.new()
         if name != NONE:

@@ -5,6 +5,7 @@ from functools import partial
 from html import escape
 
 from nicegui import ui
+from nicegui.events import GenericEventArguments
 
 MOVE_FOCUS = """(event) => {
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -12,6 +13,10 @@ MOVE_FOCUS = """(event) => {
   if (step) tokens[tokens.indexOf(event.target) + step]?.focus();
 }"""
 """The one thing that a browser must do by itself, since a focus that moves with a delay is none to work with."""
+
+
+EMIT_VALUE = "(event) => emit(event.target.value)"
+"""What a slider or a menu tells the server; these are written as HTML, since Vue would set them back now and then."""
 
 
 def tag(name: str, text: str = "", classes: str = "") -> ui.html:
@@ -41,6 +46,74 @@ def action(text: str, on_click: Callable[[], Awaitable[None] | None], classes: s
     button = tag("button", text, f"action {classes}").props("type=button")
     button.on("click", on_click, args=[])
     return button
+
+
+class Slider:
+    """A browser's own slider, which all keys move, under its name and its value.
+
+    Args:
+        name: what it sets.
+        bounds: the lowest value and the highest.
+        step: between values.
+        value: at first.
+        on_change: what is done when it moves.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        bounds: tuple[float, float],
+        step: float,
+        value: float,
+        on_change: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.value = value
+        self._name, self._on_change = name, on_change
+        with ui.element("div"):
+            self._label = ui.html("", sanitize=False)
+            low, high = bounds
+            slider = (
+                f"<input type=range class=slider aria-label='{name}' min={low} max={high} step={step} value={value}>"
+            )
+            ui.html(slider, sanitize=False).on("input", self._move, js_handler=EMIT_VALUE, throttle=0.05)
+
+    def say(self, value: str) -> None:
+        """Show the value in words."""
+        self._label.set_content(f"{self._name} <output>{value}</output>")
+
+    async def _move(self, event: GenericEventArguments) -> None:
+        self.value = float(event.args)
+        await self._on_change()
+
+
+class Menu:
+    """A browser's own menu, from which one thing is chosen.
+
+    Args:
+        label: what is chosen with it.
+        options: what there is to choose.
+        on_change: what is done when another is chosen.
+    """
+
+    def __init__(self, label: str, options: Sequence[str], on_change: Callable[[], Awaitable[None]]) -> None:
+        self.chosen = 0
+        self._label, self._on_change = label, on_change
+        self._menu = ui.html("", sanitize=False).classes("menu")
+        self._menu.on("change", self._choose, js_handler=EMIT_VALUE)
+        self.offer(options)
+
+    def offer(self, options: Sequence[str]) -> None:
+        """Offer these; which of them is chosen, by its place, stays as it is."""
+        self.chosen = min(self.chosen, len(options) - 1)
+        lines = (
+            f"<option value={number}{' selected' * (number == self.chosen)}>{escape(option)}</option>"
+            for number, option in enumerate(options)
+        )
+        self._menu.set_content(f"<label>{self._label} <select>{''.join(lines)}</select></label>")
+
+    async def _choose(self, event: GenericEventArguments) -> None:
+        self.chosen = int(event.args)
+        await self._on_change()
 
 
 class Tokens:
