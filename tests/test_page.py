@@ -308,7 +308,7 @@ def test_every_head_of_every_layer_can_be_looked_at(visit: Callable[..., Any], l
             assert drawing.locator("text").count() == 2 * 64
             sync_api.expect(heads.nth(head)).to_have_attribute("aria-pressed", "true")
     assert len(seen) == 8
-    sync_api.expect(panel).to_contain_text("A map shows 64 tokens up to the chosen one")
+    sync_api.expect(panel).to_contain_text("A map shows 64 tokens, the chosen one among them")
 
 
 def test_it_writes_what_it_knows_and_stops(visit: Callable[..., Any], rhyme_page: str) -> None:

@@ -104,24 +104,30 @@ def attention_layers(network: nn.Module) -> list[CausalSelfAttention]:
 
 @torch.no_grad()
 def surprise(transformer: Transformer, reading: Reading) -> Surprise:
-    """How each token but the first surprised the network; raises InputError where its logits are not finite."""
+    """How each token but the first surprised the network; raises InputError as `next_logits` does."""
     nats, ranks = [reading.hidden.new_empty(0, dtype=torch.float)], [reading.tokens.new_empty(0)]
     for start in range(0, len(reading.tokens) - 1, POSITIONS_AT_ONCE):
         following = reading.tokens[1:][start : start + POSITIONS_AT_ONCE]
-        logits = next_logits(transformer, reading.hidden[:-1][start : start + POSITIONS_AT_ONCE])
+        logits = transformer.logits(reading.hidden[:-1][start : start + POSITIONS_AT_ONCE]).float()
         own = logits.gather(-1, following[:, None])  # (T, 1)
-        nats.append((logits.logsumexp(-1, keepdim=True) - own)[:, 0])
+        nats.append((_finite_total(logits) - own)[:, 0])
         ranks.append((logits > own).sum(-1) + 1)
     return Surprise(torch.cat(nats), torch.cat(ranks))
 
 
 @torch.no_grad()
 def next_logits(transformer: Transformer, hidden: Tensor) -> Tensor:
-    """Logits (..., V), in fp32, of hidden states (..., D); raises InputError where they are not finite."""
+    """Logits (..., V), in fp32, of hidden states (..., D); raises InputError where they give no probabilities."""
     logits = transformer.logits(hidden).float()
-    is_finite = bool(logits.isfinite().all())
-    check(is_finite, "the model's logits are not finite: take a checkpoint from before it diverged")
+    _finite_total(logits)
     return logits
+
+
+def _finite_total(logits: Tensor) -> Tensor:
+    """What softmax divides by, as a logarithm, (..., 1); a token whose logit is -inf adds nothing to it."""
+    total = logits.logsumexp(-1, keepdim=True)
+    check(bool(total.isfinite().all()), "the model's logits are not finite: take a checkpoint from before it diverged")
+    return total
 
 
 @torch.no_grad()

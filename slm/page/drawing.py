@@ -14,7 +14,7 @@ CELL, SIGN = 12, 6.2
 LARGEST_ZOOM, WIDTH = 1.4, 640
 """A small map is drawn larger, by so much or up to that width."""
 LONGEST_LABEL = 8
-INK = (37, 99, 235)
+INK = (52, 114, 245)
 """Of maps, red, green and blue; how opaque it is, is the weight, so that it does on a light and on a dark page."""
 
 
@@ -28,10 +28,11 @@ class Bar:
 
 
 def percent(probability: float) -> str:
-    """A probability as one reads it, short."""
-    if 0 < probability < 0.0001:
-        return "< 0.01 %"
-    return f"{100 * probability:.{2 if probability < 0.1 else 1}f} %"
+    """A probability as one reads it, with about three digits."""
+    if 0 < probability < 1e-6:
+        return "< 0.0001 %"
+    digits = sum(probability < limit for limit in (0.1, 1e-3, 1e-4)) + 1 if probability else 1
+    return f"{100 * probability:.{digits}f} %"
 
 
 def bars(rows: Sequence[Bar], first: str, second: str, left_out: str = "") -> str:

@@ -29,7 +29,7 @@ from slm.page.writing import Writing
 EXAMPLE = "The model reads a text, and after each word it has an idea of the next."
 NUM_BARS, NUM_SAID = 15, 5
 MAP_TOKENS = 64
-CUT_MAP = f"A map shows {MAP_TOKENS} tokens up to the chosen one; its rows lack what goes to tokens before these."
+CUT_MAP = f"A map shows {MAP_TOKENS} tokens, the chosen one among them; a row lacks what goes to earlier ones."
 LARGEST_TOP_K = 50
 
 
@@ -183,7 +183,7 @@ class Page:
         with panel(
             "What does it attend to?",
             "In every layer each head mixes into a token what it finds at earlier ones. In a map, a row is a token "
-            "that looks back and a column one that it may look at; the weights of a row add up to 1, darker is more.",
+            "that looks back, a column one that it may look at. The fuller the colour, the more; a row adds up to 1.",
         ) as self.attention:
             self.attention_note = note()
             with ui.element("div").classes("row"):

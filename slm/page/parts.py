@@ -131,7 +131,7 @@ class Tokens:
         self._on_choose = on_choose
         self._buttons: list[ui.html] = []
         self._breaks: dict[int, ui.element] = {}
-        self._tips: list[str] = []
+        self._tokens: list[tuple[str, str, float]] = []
         self._box = ui.element("div").classes("tokens").props("role=group")
         self._box.props["aria-label"] = label
         self._box.on("keydown", js_handler=MOVE_FOCUS)
@@ -140,10 +140,13 @@ class Tokens:
         self.chosen = -1
 
     def show(self, names: Sequence[str], tips: Sequence[str], shares: Sequence[float], chosen: int) -> None:
-        """Put other tokens in the place of those there; see `add`."""
-        self.cut(0)
-        for name, tip, share in zip(names, tips, shares, strict=True):
-            self.add(name, tip, share)
+        """Put other tokens in the place of those there; see `add`. The first ones stay as far as they are the same."""
+        new = list(zip(names, tips, shares, strict=True))
+        pairs = zip(new, self._tokens, strict=False)
+        num_same = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
+        self.cut(min(len(new), len(self._tokens)) if num_same is None else num_same)
+        for token in new[len(self._tokens) :]:
+            self.add(*token)
         self.choose(chosen)
 
     def add(self, name: str, tip: str, share: float) -> None:
@@ -167,7 +170,7 @@ class Tokens:
             if "↵" in name:
                 self._breaks[place] = ui.element("br")
         self._buttons.append(button)
-        self._tips.append(tip)
+        self._tokens.append((name, tip, share))
 
     def cut(self, length: int) -> None:
         """Take away all tokens from a place on."""
@@ -175,7 +178,7 @@ class Tokens:
             self._buttons[place].delete()
             if place in self._breaks:
                 self._breaks.pop(place).delete()
-        del self._buttons[length:], self._tips[length:]
+        del self._buttons[length:], self._tokens[length:]
         if self.chosen >= length:
             self.chosen = -1
             self._detail.set_content("")
@@ -189,4 +192,4 @@ class Tokens:
                 button.props["tabindex"] = 0 if is_chosen else -1
                 button.props["aria-pressed"] = "true" if is_chosen else "false"
         self.chosen = place
-        self._detail.set_content(escape(self._tips[place]))
+        self._detail.set_content(escape(self._tokens[place][1]))
