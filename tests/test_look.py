@@ -123,9 +123,9 @@ def test_every_byte_can_be_seen(token: int, expected: str) -> None:
 
 def test_tokens_of_bpe_are_seen_as_their_text() -> None:
     pytest.importorskip("tokenizers")
-    bpe = train_bpe(iter(["é ü <b> the the the\n"]), 300)
-    names = [visible(bpe, token) for token in ids_of(bpe, "é the\n")]
-    assert "".join(names).replace("\\xc3\\xa9", "é") == "é·the↵"
+    bpe = train_bpe(iter(["é é é the the the\n"]), 300)
+    assert "".join(visible(bpe, token) for token in ids_of(bpe, "é the\n")) == "é·the↵"
+    assert [visible(bpe, token) for token in ids_of(bpe, "ñ")] == ["\\xc3", "\\xb1"]
     assert visible(bpe, bpe.end_of_text) == "<end>"
     assert visible(Numbers(20), 17) == "17"
 
