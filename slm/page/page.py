@@ -38,6 +38,7 @@ class Seen:
     """A text as a model sees it.
 
     Attributes:
+        text: all of it.
         tokens: the ids (T,) that it sees.
         num_tokens: how many the whole text has.
         names: of the tokens.
@@ -47,6 +48,7 @@ class Seen:
         own: the surprise of the source itself, likewise; None where no source is known.
     """
 
+    text: str
     tokens: list[int]
     num_tokens: int
     names: list[str]
@@ -184,7 +186,7 @@ class Page:
             "What does it attend to?",
             "In every layer each head mixes into a token what it finds at earlier ones. In a map, a row is a token "
             "that looks back, a column one that it may look at. The fuller the colour, the more; a row adds up to 1.",
-        ) as self.attention:
+        ):
             self.attention_note = note()
             with ui.element("div").classes("row"):
                 self.layer_choice = Menu("layer", ["1"], self.show_attention)
@@ -236,6 +238,7 @@ class Page:
         next_logits(transformer, reading.hidden[-1])  # which may not be finite either
         source = self.checkpoint.source
         return Seen(
+            text=text,
             tokens=ids,
             num_tokens=len(all_ids),
             names=[visible(tokenizer, token) for token in ids],
@@ -303,8 +306,8 @@ class Page:
             if is_latest():
                 await show()
 
-    def _after(self, seen: Seen) -> str:
-        return f"After token {self.tokens.chosen + 1} of {len(seen.tokens)}, “{seen.names[self.tokens.chosen]}”"
+    def _after(self, seen: Seen, place: int) -> str:
+        return f"After token {place + 1} of {len(seen.tokens)}, “{seen.names[place]}”"
 
     async def show_next(self) -> None:
         """Show the probabilities of the next token."""
@@ -332,7 +335,7 @@ class Page:
         except InputError as error:
             self.next.set_content(escape(str(error)))
             return
-        self.next_title.set_content(escape(self._after(seen)))
+        self.next_title.set_content(escape(self._after(seen, place)))
         self.next.set_content(bars(rows, "model", "drawn with", left_out="left out"))
         tokens = "1 token" if num_left == 1 else f"{num_left:,} tokens"
         self.next_left.set_content(f"{tokens} of {self.checkpoint.tokenizer.vocab_size:,} can be drawn.")
@@ -441,10 +444,9 @@ class Page:
         if seen is None or other is None:
             self.compared.set_content("")
             return
-        text = str(self.text.value or "")
 
         def compute() -> str:
-            theirs = self._look(other.transformer, text)
+            theirs = self._look(other.transformer, seen.text)
             pairs = ((self.checkpoint.model, seen), (other, theirs))
             ours, others = (
                 next_logits(model.transformer, found.reading.hidden[place]).softmax(-1) for model, found in pairs
@@ -454,7 +456,7 @@ class Page:
             rows = [Bar(self._name(id), others[id].item(), ours[id].item()) for id in dict.fromkeys(both)]
             rows.sort(key=attrgetter("second"), reverse=True)
             texts = [self._told(model.name, found, place) for model, found in pairs]
-            title = f"<h3>{escape(self._after(seen))}</h3>"
+            title = f"<h3>{escape(self._after(seen, place))}</h3>"
             return "".join(texts) + title + bars(rows, other.name, self.checkpoint.model.name)
 
         try:
