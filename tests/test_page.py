@@ -56,6 +56,7 @@ def served(cwd: Path, ckpt_path: str) -> Iterator[tuple[str, subprocess.Popen[st
     command = [sys.executable, "-m", "slm.look", f"--ckpt_path={ckpt_path}", "--show=false", f"--port={port}"]
     environment = {"PATH": "/usr/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOME": str(cwd)}
     log = cwd / "log"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so its children
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=file, stderr=file, text=True)
     try:
