@@ -9,8 +9,11 @@
     run/        what makes a run whole: checkpoints, exact resume, signals, its folder and its processes
     watch/      what a run shows: bar, speed, TensorBoard, pictures, the closing report
     command/    from a command line to settings, and from an error to one line and an exit status
+    page/       what one sees of a model in a browser
+    research/   many runs: compared, swept, searched, and a law of them
 
-The doors, one command each: cli.py (`train.py`), generate.py, runs.py, export.py, benchmark.py, generate_benchmark.py.
+The doors, one command each: cli.py (`train.py`), generate.py, look.py, runs.py, sweep.py, scaling.py, export.py,
+benchmark.py, generate_benchmark.py.
 A wing imports only from wings above it in this list (training and data never from each other), the doors from all; the
 files beside the doors (errors.py, durable.py, hardware.py, messages.py, paths.py) serve all.
 """

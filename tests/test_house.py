@@ -18,8 +18,9 @@ WINGS = {  # each with those that it may import from
     "run": {GROUND, "model", "training", "data"},
     "watch": {GROUND, "model", "training", "data", "run"},
     "command": {GROUND, "model", "training", "data", "run", "watch"},
+    "page": {GROUND, "model", "training", "data", "run", "watch", "command"},
     "research": {GROUND, "model", "training", "data", "run", "watch", "command"},
-    "doors": {GROUND, "model", "training", "data", "formats", "run", "watch", "command", "research"},
+    "doors": {GROUND, "model", "training", "data", "formats", "run", "watch", "command", "page", "research"},
 }
 ON_THE_GROUND = {"errors", "durable", "hardware", "messages", "paths"}
 FILES = {

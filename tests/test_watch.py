@@ -17,16 +17,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 
 from slm.data.text_stream import Numbers
 from slm.data.tokenizer import ByteTokenizer
-from slm.errors import InputError
-from slm.formats.hugging_face import as_transformers
-from slm.model.transformer import Block
 from slm.watch import tensorboard as watch
 from slm.watch.pictures import attention_figure, loss_figure
-from slm.watch.tensorboard import Watch, Watcher, attention, label, read_curves
+from slm.watch.tensorboard import Watch, Watcher, label, read_curves
 
 Run = Callable[..., str]
 RUN = Path("runs/version_0")
@@ -125,53 +121,6 @@ def test_what_would_exceed_the_time_budget_is_skipped(
     assert ("attention/layer_1" in events.Tags()["images"]) == bool(attention_at)
     if attention_at:
         assert [point.step for point in events.Images("attention/layer_1")] == attention_at
-
-
-def test_attention_is_that_of_the_network() -> None:
-    transformer = small_model(num_layers=2, dropout=0.5).transformer
-    transformer.blocks[1].eval()
-    before = {module: module.training for module in transformer.modules()}, torch.get_rng_state()
-    tokens = torch.arange(6)
-    found = attention(transformer, tokens)
-    assert {module: module.training for module in transformer.modules()} == before[0]
-    assert torch.equal(torch.get_rng_state(), before[1])
-    transformer.eval()
-    x = transformer.token_embedding(tokens) + transformer.position_embedding.weight[:6]
-    for block, weights in zip(transformer.blocks, found, strict=True):
-        q, k, v = block.attn.qkv(block.attn_norm(x)).view(6, 3, 2, 8).permute(1, 2, 0, 3)  # (H, T, D / H) each
-        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        torch.testing.assert_close(weights @ v, expected)
-        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 6))
-        assert weights.triu(1).abs().max() == 0
-        x = block(x[None])[0]
-
-
-@pytest.mark.parametrize("options", [{}, {"architecture": "llama", "num_heads": 4, "num_kv_heads": 2}])
-def test_attention_is_what_hugging_face_computes(options: dict[str, Any]) -> None:
-    pytest.importorskip("transformers")
-    model = small_model(num_layers=2, **options).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    theirs = as_transformers(model, None)
-    theirs.set_attn_implementation("eager")
-    tokens = torch.arange(6)
-    expected = theirs(tokens[None], output_attentions=True).attentions
-    for ours, other in zip(attention(model.transformer, tokens), expected, strict=True):
-        torch.testing.assert_close(ours, other[0], atol=1e-5, rtol=1e-4)
-
-
-def test_attention_is_found_in_any_network_that_has_it() -> None:
-    network = nn.Sequential(nn.Embedding(20, 16), nn.Sequential(Block(16, 4, 32, 0.0)), Block(16, 2, 32, 0.0))
-    assert [weights.shape for weights in attention(network, torch.arange(5))] == [(4, 5, 5), (2, 5, 5)]
-    assert attention(nn.Embedding(20, 16), torch.arange(5)) == []
-
-
-def test_an_error_leaves_the_network_as_it_was() -> None:
-    transformer = small_model().transformer
-    with pytest.raises(InputError, match="longer than max_seq_len=16"):
-        attention(transformer, torch.zeros(17, dtype=torch.long))
-    assert transformer.training
-    assert not any(module._forward_pre_hooks for module in transformer.modules())
 
 
 @pytest.mark.parametrize(

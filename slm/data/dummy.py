@@ -39,6 +39,10 @@ class UniformSource:
         """The next tokens (num_tokens,) of the stream."""
         return torch.randint(self.vocab_size, (num_tokens,), generator=self.generator)
 
+    def surprise(self, tokens: Tensor) -> Tensor:
+        """Minus the logarithm of the probability of each of some tokens (T,) but the first: (T - 1,), in nats."""
+        return torch.full((len(tokens) - 1,), self.entropy_rate)
+
 
 class MarkovSource:
     """A sparse second-order Markov chain over classes of tokens, in each of which frequencies follow Zipf's law.
@@ -68,14 +72,14 @@ class MarkovSource:
         self.emissions = weights / weights.sum(-1, keepdim=True)  # (C, V / C): P(token | its class), by rank
 
         classes = self.pairs.sum(0)  # (C,): P(b)
-        after_one = torch.einsum("ab,abc->bc", self.pairs, self.transitions) / classes[:, None]  # (C, C): P(c | b)
+        self.after_one = torch.einsum("ab,abc->bc", self.pairs, self.transitions) / classes[:, None]  # (C, C): P(c | b)
         within = (classes * _entropy(self.emissions)).sum()
         self.entropy_rate = float((self.pairs * _entropy(self.transitions)).sum() + within)
-        self.bigram_entropy = float((classes * _entropy(after_one)).sum() + within)
+        self.bigram_entropy = float((classes * _entropy(self.after_one)).sum() + within)
         self.unigram_entropy = float(_entropy(classes) + within)
         commonest = self.emissions[:, 0]
         self._accuracy_after_two = float((self.pairs * (self.transitions * commonest).amax(-1)).sum())
-        self._accuracy_after_one = float((classes * (after_one * commonest).amax(-1)).sum())
+        self._accuracy_after_one = float((classes * (self.after_one * commonest).amax(-1)).sum())
 
     def optimum(self, seq_len: int) -> float:
         """The lowest expected loss on windows of `seq_len` tokens, whose first target has but one token before it."""
@@ -103,6 +107,17 @@ class MarkovSource:
             if count:
                 ranks[of_class] = emission.multinomial(count, replacement=True, generator=generator)
         return ranks * self.num_classes + classes
+
+    def surprise(self, tokens: Tensor) -> Tensor:
+        """Minus the logarithm of the probability of each of some tokens (T,) but the first: (T - 1,), in nats.
+
+        That is the probability after all tokens before it, of which the last two tell what can be known; of the second
+        token it is that after the first, whatever came before. The mean over a window is what `optimum` expects.
+        """
+        classes, ranks = tokens % self.num_classes, tokens // self.num_classes
+        a, b, c = classes[:-2], classes[1:-1], classes[2:]
+        of_class = torch.cat([self.after_one[classes[:1], classes[1:2]], self.transitions[a, b, c]])
+        return -(of_class * self.emissions[classes, ranks][1:]).log().float()
 
     def _draw_rule(self, num_kinds: int) -> Tensor:
         """The successor of a, b has the kind that those of a and b add up to; which class of it, is drawn for b.

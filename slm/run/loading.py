@@ -43,12 +43,27 @@ def restore(path: Path, content: dict[str, Any]) -> "LanguageModel":
 
 def restore_network(path: Path, content: dict[str, Any]) -> Transformer:
     """Its network alone, for which nothing of Lightning is imported where the model is a plain LanguageModel."""
-    if model_named_in(content, path) is not None:
-        return restore(path, content).transformer
-    options = {name: value for name, value in content["hyper_parameters"].items() if name not in TRAINING_OPTIONS}
-    network = _made(Transformer, options, path)
+    network = _new_network(path, content)
     load_weights(network, content, path)
     return network.eval()
+
+
+def first_network(path: Path, content: dict[str, Any], seed: int) -> Transformer:
+    """The network of a checkpoint as its run began with it, in eval mode: its weights are drawn once more.
+
+    Args:
+        seed: `seed_everything` of the run, from which it has the very same weights with the same version of torch.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _new_network(path, content).eval()
+
+
+def _new_network(path: Path, content: dict[str, Any]) -> Transformer:
+    if (class_path := model_named_in(content, path)) is not None:
+        return _made(import_model(class_path), content["hyper_parameters"], path).transformer
+    options = {name: value for name, value in content["hyper_parameters"].items() if name not in TRAINING_OPTIONS}
+    return _made(Transformer, options, path)
 
 
 def _made(kind: type[_Made], options: Mapping[str, Any], path: Path) -> _Made:

@@ -15,7 +15,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
-from torch import Tensor, nn
 
 from slm.data.text_stream import Numbers, TextStream, stored_tokenizer
 from slm.data.token_data import TokenData
@@ -23,9 +22,8 @@ from slm.data.tokenizer import Tokenizer
 from slm.durable import replacing
 from slm.errors import NotWrittenError
 from slm.messages import say
-from slm.model.functional import causal_weights
+from slm.model.insight import attention, attention_layers
 from slm.model.sampling import Sampler, decode
-from slm.model.transformer import CausalSelfAttention
 from slm.run.resume import is_fitting
 
 LARGEST_SHARE_OF_TIME = 0.003
@@ -82,7 +80,7 @@ class Watcher(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = time.monotonic()
-        num_maps = sum(layer.num_heads for layer in _attention_layers(pl_module))
+        num_maps = sum(layer.num_heads for layer in attention_layers(pl_module))
         if self.watch.samples:
             self._next_cost[_show_samples] = 0.0
         if self.watch.attention and num_maps:
@@ -183,35 +181,6 @@ def _show_attention(trainer: Trainer, module: Any, writer: Any) -> None:
     for layer, weights in enumerate(attention(module.transformer, tokens.to(module.device)), start=1):
         figure = attention_figure(weights, names, f"layer {layer}")
         writer.add_figure(f"attention/layer_{layer}", figure, trainer.global_step)
-
-
-@torch.no_grad()
-def attention(transformer: nn.Module, tokens: Tensor) -> list[Tensor]:
-    """How much each token of a sequence (T,) attends to each one up to it: (H, T, T) of every layer, in fp32.
-
-    A layer is a `CausalSelfAttention`, wherever it is in the network. Of a network without any the list is empty.
-    """
-    weights = []
-
-    def note(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        q, k, _ = layer.heads(inputs[0])  # type: ignore[operator]
-        weights.append(causal_weights(q, k)[0].float())
-
-    modes = {module: module.training for module in transformer.modules()}
-    hooks = [layer.register_forward_pre_hook(note) for layer in _attention_layers(transformer)]
-    try:
-        transformer.eval()
-        transformer.forward(tokens[None])  # not __call__, which may be compiled
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, is_training in modes.items():
-            module.training = is_training
-    return weights
-
-
-def _attention_layers(network: nn.Module) -> list[CausalSelfAttention]:
-    return [module for module in network.modules() if isinstance(module, CausalSelfAttention)]
 
 
 def _show_embedding(trainer: Trainer, module: Any, writer: Any) -> None:
