@@ -1,12 +1,13 @@
 """What the runs of a folder reached, side by side: `python -m slm.runs`; drawn with `--figure runs.png`."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from slm.command.exit_codes import ends_in_one_line
 from slm.command.flags import new_parser, parse_flags
-from slm.messages import silence_notices
-from slm.research.runs import draw, group_table, read_runs, table
+from slm.messages import say, silence_notices
+from slm.research.runs import best_first, draw, group_table, read_runs, table
 from slm.run.checkpoint import RUNS
 
 
@@ -22,6 +23,8 @@ def show(runs: Path = RUNS, figure: Path | None = None) -> None:
     if figure is not None:
         draw(found, figure)
     print(table(found) if figure is None else group_table(found))
+    if (best := best_first(found)[0]).best_step is not None:
+        say(f"look inside the best with python -m slm.look --ckpt_path {shlex.quote(str(best.path))}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,13 +4,13 @@ Every model trains on the same data with about as many parameters: where the fee
 hidden_dim is two thirds. First all take turns in one process, to find how long a step of each is; then each is trained
 by `train.py` for the steps that the configuration asks for, and for as many as take as long as those of gpt2.
 
-Means of three seeds (`text_10min`: one): the validation loss after as many steps as gpt2 takes, then that after the same
-time; empty cells were not measured.
+Means of three seeds (`text_10min`: one): the validation loss after as many steps as gpt2 takes, then that after the
+same time; empty cells were not measured.
 
 | in `gpt2` | in `llama` | default data | `text.yaml` | `text_2min` | `text_10min` |
 |---|---|---|---|---|---|
 | `gpt2` itself | | 2.460 | 1.631 | 1.173 | 1.122 |
-| learned positions, added to the embedding | rotary: queries and keys are turned by them | 2.277, 2.282 | 1.373, 1.411 | | |
+| learned positions, which are added | rotary: queries and keys are turned by them | 2.277, 2.282 | 1.373, 1.411 | | |
 | LayerNorm | RMSNorm | 2.466, 2.469 | 1.635, 1.684 | | |
 | two matrices around a GELU | SwiGLU: a third one gates what goes up | 2.560, 2.507 | 1.510, 1.497 | | |
 | biases | none | 2.490, 2.468 | 1.641, 1.640 | | |

@@ -92,14 +92,14 @@ def test_a_run_leaves_one_folder_and_a_report_that_names_it(slm: Run, workdir: P
         files - events - pictures == {".lock", "config.yaml", "hparams.yaml", "simple_language_model.pt"} | checkpoints
     )
     assert pictures <= files
-    report = dict(
-        re.findall(r"^(val/loss|perplexity|accuracy|run|best|last|see curves|resume|go longer) +(.+)$", output, re.M)
-    )
+    names = "val/loss|perplexity|accuracy|run|best|last|look inside|see curves|resume|go longer"
+    report = dict(re.findall(rf"^({names}) +(.+)$", output, re.M))
     assert re.fullmatch(r"\d\.\d{3}, optimum \d\.\d{3}, unigram \d\.\d{3} \(best.ckpt\)", report["val/loss"])
     assert report["best"] == str(RUN / "checkpoints/best.ckpt")
     assert report["last"] == str(RUN / "checkpoints/last.ckpt")
     assert report["resume"].endswith(f" --ckpt_path {RUN}/checkpoints/last.ckpt")
     assert report["go longer"].endswith(f" --ckpt_path {RUN}/checkpoints/last.ckpt --trainer.max_epochs 4")
+    assert report["look inside"].endswith(" -m slm.look --ckpt_path runs/version_0")
     assert report["see curves"].endswith(" -m tensorboard.main --logdir runs")
     assert "ckpt_path" not in (RUN / "config.yaml").read_text()
 
@@ -116,7 +116,7 @@ def test_the_report_gives_the_loss_of_the_best_checkpoint(slm: Run, trained: Pat
 def test_nothing_is_printed_that_the_project_did_not_mean(workdir: Path) -> None:
     result = run_command(str(ROOT / "train.py"), *SHOWN, cwd=workdir)
     assert result.returncode == 0, result.stderr
-    allowed = "val/loss|perplexity|accuracy|run|best|last|losses|see curves|resume|go longer"
+    allowed = "val/loss|perplexity|accuracy|run|best|last|losses|look inside|see curves|resume|go longer"
     assert [line for line in result.stdout.splitlines() if not re.match(rf"({allowed}) ", line)] == []
     assert not_of_the_machine(result.stderr) == []
 

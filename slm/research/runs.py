@@ -100,13 +100,18 @@ def read_run(path: Path) -> Run:
     return Run(path, dict(flat(read_settings(str(path / "config.yaml")))), read_curves(path), seconds_drawn(path))
 
 
-def table(runs: Sequence[Run]) -> str:
-    """Runs in Markdown, the best first: by bits per byte where all have them, else by validation loss.
+def best_first(runs: Sequence[Run]) -> list[Run]:
+    """By bits per byte where all have them, else by validation loss; those without a loss come last."""
+    tag = _measure(runs)
+    return sorted(runs, key=lambda run: (_or_last(run.best(tag)), _in_numbers(run.path.name)))
 
-    A setting is named where the runs that have it differ in it, and once, below, if more than half of them agree. Runs
-    without a loss come last.
+
+def table(runs: Sequence[Run]) -> str:
+    """Runs in Markdown, the best first.
+
+    A setting is named where the runs that have it differ in it, and once, below, if more than half of them agree.
     """
-    tag, (differs, others) = _measure(runs), _differences(runs)
+    differs, others = _differences(runs)
     rows = [
         (
             run.path.name,
@@ -118,7 +123,7 @@ def table(runs: Sequence[Run]) -> str:
             _shown(run.tokens_per_second(), ",.0f"),
             differs[run.path],
         )
-        for run in sorted(runs, key=lambda run: (_or_last(run.best(tag)), _in_numbers(run.path.name)))
+        for run in best_first(runs)
     ]
     return _markdown([COLUMNS, *rows], others)
 

@@ -58,8 +58,10 @@ def _kept(trainer: Trainer, run: Path | None, command: str) -> Iterator[tuple[st
         yield name, str(path) if path.is_file() else "none"
     if (run / FIGURE).is_file():
         yield "losses", str(run / FIGURE)
+    python = shlex.split(command)[0]
+    if any(path.is_file() for path in checkpoints.values()):
+        yield "look inside", shlex.join([python, "-m", "slm.look", "--ckpt_path", str(run)])
     if any(run.glob("events.out.tfevents.*")):
-        python = shlex.split(command)[0]
         yield "see curves", shlex.join([python, "-m", "tensorboard.main", "--logdir", str(run.parent)])
     else:
         yield "see curves", "none: TensorBoard's logger is off"
