@@ -108,9 +108,10 @@ class Reached:
 def reached(result: Result) -> Reached:
     """Of a run that has ended; raises InputError where it has no validation."""
     run = read_run(result.run)
-    loss, tokens = run.best("val/loss"), run.tokens()
-    if loss is None or tokens is None:
+    loss, settings = run.best("val/loss"), run.settings
+    if loss is None:
         raise InputError(f"{result.run} has no validation: leave out what limits it")
+    tokens = settings["trainer.max_steps"] * settings["data.batch_size"] * settings["model.max_seq_len"]
     return Reached(run.num_parameters(), tokens, loss, run.best("val/optimum"))
 
 

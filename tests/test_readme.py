@@ -1,8 +1,15 @@
 """Every command in the README is parsed and run here; the two that set an environment up are run by `.ci/run`."""
 
+import contextlib
+import os
 import re
 import shlex
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +34,7 @@ PROCESSES_COST = "python -m tests.processes_cost"
 SHARED_CORES = "python -m tests.shared_cores"
 GPU_REPORT = "python -m tests.gpu_report  # needs a GPU"
 FAMILIES = "python -m tests.families --config configs/text.yaml"
+LOOK = "python -m slm.look --ckpt_path best"
 [DOWNLOAD] = [line for line in OTHER if line.startswith("hf download ")]
 [TORCHRUN] = [line for line in OTHER if line.startswith("torchrun ")]
 BENCHMARK = "python -m slm.benchmark"
@@ -67,6 +75,7 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
         STRESS,
         *of_processes,
         GENERATE_BENCHMARK,
+        LOOK,
         DOWNLOAD,
         BENCHMARK,
         *BENCHMARK_SWEEPS,
@@ -253,6 +262,28 @@ def test_the_speed_of_writing_is_measured_beside_hugging_face(workdir: Path) -> 
     figures = r"^\| (\d+) \| (\d+) \| [\d,]+ \([\d,]+ to [\d,]+\) \| [\d,]+ \| [\d.]+ \|$"
     assert re.findall(figures, result.stdout, re.M) == [("16", "1"), ("16", "2")]
     assert len(re.findall(figures, generate_benchmark.__doc__ or "", re.M)) == 2
+
+
+@pytest.mark.slow
+def test_the_page_is_served_as_the_readme_says(trained: Path) -> None:
+    pytest.importorskip("nicegui")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, *shlex.split(LOOK)[1:], "--show=false", f"--port={port}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}  # it heeds that
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as page:
+        try:
+            assert page.stderr is not None
+            said = page.stderr.readline()
+            assert f"http://127.0.0.1:{port} shows {trained}/checkpoints/best.ckpt" in said
+            answer = ""
+            while page.poll() is None and not answer:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}") as response:
+                    answer = response.read().decode()
+            assert "Inside a language model" in answer
+        finally:
+            page.send_signal(signal.SIGINT)
 
 
 @pytest.mark.slow
