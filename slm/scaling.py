@@ -22,7 +22,7 @@ from slm.durable import replace_file, replacing
 from slm.errors import InputError, check
 from slm.hardware import prepare_cpu
 from slm.messages import say, silence_notices
-from slm.research.law import FLOPS_PER_WEIGHT, Fit, Law, fit
+from slm.research.law import EXPONENTS, FLOPS_PER_WEIGHT, Fit, Law, fit
 from slm.research.points import Flags, Point, Points, Result, grid, key_of, runs_of
 from slm.research.runs import read_run
 from slm.sweep import cost_table, options_and_flags, stopping_goes_on, train_all
@@ -33,6 +33,11 @@ RATE_TIMES_ROOT_OF_WIDTH = 0.02
 """Wider models want a smaller learning rate; this one was the best of three at 16 and 64, on the default data."""
 WARMUP = 1 / 20
 """Of a run's steps."""
+VARIED = {"model.embed_dim", "trainer.max_steps"}
+USUAL = {"accumulate_grad_batches": 1, "max_time": None, "fast_dev_run": False, "overfit_batches": 0.0} | dict.fromkeys(
+    ("limit_train_batches", "limit_val_batches")
+)
+"""Settings of the Trainer that would change how many tokens a run sees, or keep its loss from being known."""
 HELD_OUT = 0.04
 """Of the default data."""
 
@@ -62,7 +67,11 @@ class Ladder:
         several = [name for name, values in flags if len(values) > 1]
         check(not several, f"{several}: the ladder takes one value of each flag")
         [base] = grid(flags)
+        taken = [name for name, _ in flags if name.removeprefix("--") in self._flags(1, 1).keys() | VARIED]
+        check(not taken, f"{', '.join(taken)}: the ladder sets that, leave it out")
         settings = base.command().settings
+        changed = [f"trainer.{name}" for name, usual in USUAL.items() if settings.trainer[name] not in (usual, None)]
+        check(not changed, f"{', '.join(changed)}: every model of the ladder trains on its tokens, leave it out")
         batch = settings.data.init_args["batch_size"] * settings.model.max_seq_len
         found = {}
         for dim in self.embed_dims:
@@ -75,8 +84,6 @@ class Ladder:
                 if settings.data.class_path.endswith(".DummyData"):
                     ours["data.num_tokens"] = math.ceil((max(self.tokens) + batch) / (1 - HELD_OUT))
                     ours["data.val_fraction"] = HELD_OUT
-                taken = [name for name, _ in flags if name.removeprefix("--") in ours]
-                check(not taken, f"{taken}: the ladder sets that")
                 varied = (f"--model.embed_dim={dim}", f"--trainer.max_steps={steps}")
                 others = (f"--{name}={value}" for name, value in ours.items())
                 found[dim, tokens] = Point((*base.argv, *others, *varied), varied)
@@ -171,7 +178,7 @@ def climb(ladder: Ladder, flags: Flags) -> None:
         file.is_file() or folder.result(largest) is None,
         f"the largest model is trained already, in {folder.runs}: a prediction would come too late, give more --tokens",
     )
-    models = [reached(result) for result in train(folder, {key: keys[key] for key in below})]
+    models = [reached(result) for result in trained(folder, {key: keys[key] for key in below})]
     command = keys[largest].command()
     parameters = sum(weight.numel() for weight in command.new_model(on_meta=True).transformer.parameters())
     data, settings = command.settings.data.init_args, command.settings
@@ -179,12 +186,12 @@ def climb(ladder: Ladder, flags: Flags) -> None:
     prediction = predict(file, models, parameters, tokens)
     size = f"{parameters:,} parameters on {tokens:,} tokens"
     say(f"the largest model, of {size}, is expected to reach {_around(prediction)}")
-    [last] = [reached(result) for result in train(folder, {largest: keys[largest]})]
+    [last] = [reached(result) for result in trained(folder, {largest: keys[largest]})]
     law = fit_law([*models, last])
     print(*report([*models, last], law, prediction), sep="\n")
-    figure = folder.runs / "law.png"
-    from slm.watch.pictures import law_figure
+    from slm.watch.pictures import law_figure  # which imports matplotlib
 
+    figure = folder.runs / "law.png"
     limits = {"E of the law": law.law.irreducible} | ({} if last.optimum is None else {"E in truth": last.optimum})
     drawn = law_figure([(m.parameters, m.tokens, m.loss) for m in [*models, last]], law.law.loss, limits)
     with replacing(figure) as content:
@@ -192,8 +199,8 @@ def climb(ladder: Ladder, flags: Flags) -> None:
     say(f"the law is drawn in {figure}")
 
 
-def train(folder: Points, points: Mapping[str, Point]) -> list[Result]:
-    """Train models that are not trained yet; raises InputError where one fails."""
+def trained(folder: Points, points: Mapping[str, Point]) -> list[Result]:
+    """What models reach, which are trained if they are not yet; raises InputError where one fails."""
     results, failed = train_all(folder, points)
     check(not failed, f"{failed} models failed: see above; the same command tries them again")
     return results
@@ -212,7 +219,9 @@ def report(models: Sequence[Reached], fitted: Fit, prediction: Prediction) -> It
     from_size = f"{law.of_parameters:.3g} / N^{law.parameters_exponent:.2f}"
     from_tokens = f"{law.of_tokens:.3g} / D^{law.tokens_exponent:.2f}"
     yield f"L = {law.irreducible:.3f} + {from_size} + {from_tokens} nats per token"
-    yield f"root mean square of what it misses a loss by: {_miss(models, law):.2%}"
+    yield f"root mean square of its relative errors: {_miss(models, law):.2%}"
+    if law.irreducible < 1e-3 or max(law.parameters_exponent, law.tokens_exponent) >= EXPONENTS[-1]:
+        yield "the best law lies at the border of those that are possible: these losses do not follow one"
     rows = {
         "E": ("irreducible", ".3f"),
         "a": ("parameters_exponent", ".2f"),

@@ -66,15 +66,13 @@ class Options:
 def sweep(flags: Flags, options: Options) -> int:
     """Train the points of a sweep and print what they reached; returns how many failed."""
     if options.trials is None:
-        ranges = [f"{name} {values[0]}" for name, values in flags if as_range(values)]
-        check(not ranges, f"{ranges and ranges[0]} is a range, in which only a search chooses: add --trials N")
         points = grid(flags)
         folder = Points(runs_of(points[0].command()))
         results, num_failed = train_all(folder, {folder.key(point): point for point in points})
     else:
         folder = Points(runs_of(corner(flags, 0).command()))
         search = Search(flags, folder, options.trials, options.sampler, options.pruner)
-        results, num_failed = search.run(), 0
+        results, num_failed = search.run(), search.num_failed
     if results:
         print(group_table([read_run(result.run) for result in results]))
         say(f"see them with python -m slm.runs {folder.runs} --figure {folder.runs / 'sweep.png'}")
@@ -91,7 +89,7 @@ def train_all(folder: Points, points: Mapping[str, Point]) -> tuple[list[Result]
         for key in left:
             point = points[key]
             with folder.claimed(key) as is_ours:
-                if not is_ours or folder.is_trained_elsewhere(key, point):
+                if not is_ours or folder.is_trained_elsewhere(key):
                     continue
                 if (found := folder.result(key)) is None:
                     say(f"{len(results) + len(failed) + 1} of {len(points)}: {point}")
@@ -210,8 +208,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             train(given[1:], Progress())
             return
         options, flags = options_and_flags("sweep", Options, given)
+        is_search = options.trials is not None
+        ranges = [f"{name} {values[0]}" for name, values in flags if as_range(values)]
+        check(is_search or not ranges, f"{ranges and ranges[0]}: only a search chooses in a range, add --trials N")
         if options.dry_run:
-            is_search = options.trials is not None
             print(search_cost(flags, options.trials or 0) if is_search else cost_table(grid(flags)))
             return
         with stopping_goes_on():

@@ -84,7 +84,12 @@ def test_too_few_points_are_refused() -> None:
         (["--embed_dims", "16", "20", "32"], "embed_dims=[20]: a head has 8 values, give multiples of that"),
         (["--tokens", "100", "8000", "9000"], "tokens=100 are 0 batches of 256: give more"),
         (["--model.learning_rate", "0.1", "0.2"], "the ladder takes one value of each flag"),
-        (["--model.hidden_dim=7"], "['--model.hidden_dim']: the ladder sets that"),
+        (["--model.hidden_dim=7"], "--model.hidden_dim: the ladder sets that"),
+        (
+            ["--trainer.max_steps=7", "--model.embed_dim=8"],
+            "--trainer.max_steps, --model.embed_dim: the ladder sets that",
+        ),
+        (["--trainer.max_time=00:00:01:00"], "trainer.max_time: every model of the ladder trains on its tokens"),
         (["--ckpt_path=last"], "--ckpt_path: only new runs are trained here"),
         (["--data=TextData", f"--data.path={ROOT / 'README.md'}", "--model.vocab_size=256"], "each token once: give"),
     ],

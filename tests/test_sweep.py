@@ -84,7 +84,7 @@ def test_a_range_is_whole_or_not_and_logarithmic_if_it_is_wide() -> None:
         (["--ckpt_path=last"], "--ckpt_path: only new runs are trained here, leave it out"),
         (["--model.embed_dim", "16", "31"], "embed_dim=31 is not divisible by num_heads="),
         (["--model.embed_dims", "16", "32"], "unknown setting model.embed_dims"),
-        (["--model.learning_rate", "0.001..0.1"], "a range, in which only a search chooses: add --trials N"),
+        (["--model.learning_rate", "0.001..0.1"], "only a search chooses in a range, add --trials N"),
         (["--trials=0"], "trials=0 must be at least 1"),
         (["--trials=3"], "nothing is searched"),
         (["--trials=3", "--data.seed", "0..9", "--sampler=Best"], "sampler=Best: Optuna has"),
@@ -232,7 +232,6 @@ def test_a_named_job_goes_on_in_its_run_even_if_that_kept_nothing(
     (RUNS / "version_0/checkpoints/last.ckpt").unlink()
     train(argv)
     assert "the job was started again: it goes on in runs/version_0" in capsys.readouterr().err
-    train([*argv, "--data.seed=2"])
     monkeypatch.setenv("SLM_JOB", "another")
     train(argv)
-    assert {path.name for path in RUNS.iterdir()} == {"version_0", "version_1", "version_2"}
+    assert {path.name for path in RUNS.iterdir()} == {"version_0", "version_1"}

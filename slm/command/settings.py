@@ -21,7 +21,7 @@ from slm.errors import InputError, check
 from slm.messages import say
 from slm.paths import PATHS, expand_paths
 from slm.run.checkpoint import RUNS, WEIGHTS_NAME, last_checkpoint, newest_run, open_checkpoint, resolve_checkpoint
-from slm.run.job import run_of_job
+from slm.run.job import JOB_FILE, run_of_job
 from slm.run.loading import check_applicable, class_path_of, import_class, import_model, is_ours, model_named_in
 from slm.run.processes import Processes
 from slm.training.hyperparameters import parameters_of
@@ -309,7 +309,7 @@ def _go_on(ckpt_path: str, is_fitting: bool, runs: Path) -> Start:
     run = path.parent.parent if is_in_checkpoints else path.parent
     config = run / "config.yaml"
     has_config = (is_in_checkpoints or path.name == WEIGHTS_NAME) and config.is_file()
-    if is_fitting and not path.is_file() and (ckpt_path == "last" or Path(ckpt_path).is_dir()):
+    if is_fitting and not path.is_file() and (ckpt_path == "last" or (run / JOB_FILE).is_file()):
         say(f"{run} has no checkpoint yet: it starts from step 0")
         own = read_settings(str(config)) if has_config else {}
         start = _begin_with(own["init_from"], runs) if own.get("init_from") else Start()

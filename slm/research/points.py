@@ -18,16 +18,20 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO
 
+from slm.command.flags import LINKED
 from slm.command.settings import Command, flat, read_command
 from slm.durable import lock, replace_file
 from slm.errors import InputError, Stopped, check
-from slm.research.runs import UNTOLD, read_run
+from slm.research.runs import UNTOLD, compared_by, read_run
 from slm.run.checkpoint import RUNS, last_checkpoint
 from slm.run.folder import hold
-from slm.run.job import NAME, find_run
+from slm.run.job import NAME, is_run_of_named_job, run_of_named_job
 
 FOLDER = "sweep"
 SECONDS_BETWEEN_LOOKS = 2.0
+LINKED_SETTINGS = tuple(f"model.{name}" for name in LINKED)
+OF_A_LAUNCHER = ("SLURM_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+"""Environment variables that would make a point a rank of something else."""
 Flags = Sequence[tuple[str, Sequence[str]]]
 """The flags of a command line in their order, each with its values."""
 
@@ -104,23 +108,32 @@ class Points:
 
     def __init__(self, runs: Path) -> None:
         self.runs, self.folder = runs, runs / FOLDER
+        self._fingerprints: dict[str, str | None] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.folder} cannot be made: {error.strerror}; permit it") from error
 
     def key(self, point: Point) -> str:
-        """A point's name; raises InputError where its command line cannot be used."""
-        settings = dict(flat(point.command().settings.as_dict()))
-        return key_of({name: value for name, value in settings.items() if not name.startswith(UNTOLD)})
+        """A point's name, of its settings and its data; raises InputError where its command line cannot be used."""
+        command = point.command()
+        settings = {name: value for name, value in flat(command.settings.as_dict()) if not name.startswith(UNTOLD)}
+        kept = key_of({name: settings[name] for name in settings if name.startswith(("data.", *LINKED_SETTINGS))})
+        if kept not in self._fingerprints:
+            data = command.new_data(command.new_model(on_meta=True))
+            data.setup()
+            self._fingerprints[kept] = data.fingerprint
+        return key_of({**settings, "fingerprint": self._fingerprints[kept]})
 
     def result(self, key: str) -> Result | None:
-        """What a point reached; None while it has not ended."""
+        """What a point reached; None while it has not ended, and where its run has gone since."""
         file = self.folder / f"{key}.json"
         if not file.is_file():
             return None
         content = json.loads(file.read_text())
-        return Result(self.runs / content["run"], content["loss"])
+        run = self.runs / content["run"]
+        is_there = (run / "config.yaml").is_file() and is_run_of_named_job(run, f"{FOLDER} {key}")
+        return Result(run, content["loss"]) if is_there else None
 
     @contextlib.contextmanager
     def claimed(self, key: str, waits: bool = False) -> Iterator[bool]:
@@ -133,9 +146,9 @@ class Points:
                 is_ours = False
             yield is_ours
 
-    def is_trained_elsewhere(self, key: str, point: Point) -> bool:
-        """Whether its run is held by a process that outlived the sweep that started it."""
-        run = find_run(self.runs, f"{FOLDER} {key}", point.argv)
+    def is_trained_elsewhere(self, key: str) -> bool:
+        """Whether the run of a point is held by a process that outlived the sweep that started it."""
+        run = run_of_named_job(self.runs, f"{FOLDER} {key}")
         if run is None:
             return False
         try:
@@ -161,18 +174,19 @@ class Points:
         job = f"{FOLDER} {key}"
         log = self.folder / f"{key}.log"
         with log.open("a") as said:
+            said_before = said.tell()
             status, is_given_up = self._run(job, point, said, is_hopeless)
         if is_given_up and status:
             return None
-        lines = log.read_text(errors="replace").splitlines()
+        lines = log.read_bytes()[said_before:].decode(errors="replace").splitlines()
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         reason = errors[-1] if errors else f"it ended with status {status}"
         check(status == 0, f"{reason} ({log})")
-        run = find_run(self.runs, job, point.argv)
-        assert run is not None
+        run = run_of_named_job(self.runs, job)
+        if run is None:
+            raise InputError(f"it kept no run: leave out trainer.fast_dev_run ({log})")
         reached = read_run(run)
-        bits = reached.best("val/bits_per_byte")
-        loss = reached.best("val/loss") if bits is None else bits
+        loss = reached.best(compared_by(reached.curves))
         content = json.dumps({"run": run.name, "loss": loss, "flags": point.varied}, indent=1)
         replace_file(self.folder / f"{key}.json", content.encode())
         return Result(run, loss)
@@ -183,12 +197,13 @@ class Points:
         """The exit status of a point's command, and whether it was stopped as hopeless."""
         command = [sys.executable, "-m", "slm.cli", *point.argv]
         # a session of its own, so that Ctrl-C reaches it through us alone: a second one would not let it save
+        others = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_LAUNCHER)}
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,
-            env={**os.environ, NAME: job},
+            env={**others, NAME: job},
             start_new_session=True,
         )
         saved = 0.0
@@ -196,20 +211,21 @@ class Points:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return child.wait(SECONDS_BETWEEN_LOOKS), False
-                run = find_run(self.runs, job, point.argv) if is_hopeless else None
+                run = run_of_named_job(self.runs, job) if is_hopeless else None
                 if is_hopeless is None or run is None or not last_checkpoint(run).is_file():
                     continue
                 before, saved = saved, last_checkpoint(run).stat().st_mtime
                 if saved != before and is_hopeless(run):
                     child.send_signal(signal.SIGTERM)
                     return child.wait(), True
-        except Stopped as stop:
-            child.send_signal(stop.signum)
+        except BaseException as error:
+            signum = error.signum if isinstance(error, Stopped) else signal.SIGTERM
+            child.send_signal(signum)
             while child.poll() is None:
                 with contextlib.suppress(Stopped):  # heard once more
                     child.wait()
                     break
-                child.send_signal(stop.signum)
+                child.send_signal(signum)
             raise
 
 

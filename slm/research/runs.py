@@ -131,8 +131,8 @@ def table(runs: Sequence[Run]) -> str:
 def group_table(runs: Sequence[Run]) -> str:
     """The same with one row for all runs that differ in nothing but their seeds.
 
-    It has the mean of their best validation losses, the standard deviation of one run's, and both ends. The other
-    columns are means.
+    It has the number of those with a validation, the mean of their best losses, the standard deviation of one run's,
+    and both ends. The other columns are means.
     """
     groups, (differs, others) = by_settings(runs), _differences(runs, without=SEEDS)
     rows = []
@@ -142,7 +142,7 @@ def group_table(runs: Sequence[Run]) -> str:
         rows.append(
             (
                 group.name,
-                str(len(group.runs)),
+                str(len(losses)),
                 _shown(_mean(losses), ".3f"),
                 _shown(statistics.stdev(losses) if len(losses) > 1 else None, ".3f"),
                 f"{min(losses):.3f} to {max(losses):.3f}" if losses else "",
@@ -174,9 +174,9 @@ class Group:
         return [value for run in self.runs if (value := run.best(tag)) is not None]
 
     def curve(self, tag: str) -> list[tuple[int, list[float]]]:
-        """The values of all runs at each step that all of them have."""
-        curves = [dict(run.curves.get(tag, [])) for run in self.runs]
-        steps = sorted(set.intersection(*map(set, curves)))
+        """The values of the runs that have the curve, at each step that all of them have."""
+        curves = [dict(run.curves[tag]) for run in self.runs if tag in run.curves]
+        steps = sorted(set.intersection(*map(set, curves))) if curves else []
         return [(step, [curve[step] for curve in curves]) for step in steps]
 
 
@@ -189,6 +189,11 @@ def by_settings(runs: Sequence[Run]) -> list[Group]:
         groups.setdefault(settings, Group([], differs[run.path])).runs.append(run)
     tag = _measure(runs)
     return sorted(groups.values(), key=lambda group: _or_last(_mean(group.best(tag))))
+
+
+def compared_by(curves: Mapping[str, Curve]) -> str:
+    """The curve of a run that tells it from others: in bits per byte where it has that, else in nats per token."""
+    return "val/bits_per_byte" if "val/bits_per_byte" in curves else "val/loss"
 
 
 def _measure(runs: Sequence[Run]) -> str:
@@ -280,7 +285,7 @@ def draw(runs: Sequence[Run], file: Path) -> None:
     if len(drawn) > MOST_CURVES:
         say(f"the figure shows the best {MOST_CURVES} of {len(drawn)}")
     curves = {f"{group.name}: {group.differs}".removesuffix(": "): curve for group, curve in drawn[:MOST_CURVES]}
-    optima = {round(value, 6) for run in runs for _, value in run.curves.get("val/optimum", [])}
+    optima = {run.best("val/optimum") for group, _ in drawn[:MOST_CURVES] for run in group.runs}
     figure = groups_figure(curves, optima.pop() if len(optima) == 1 else None)
     kinds = figure.canvas.get_supported_filetypes()
     kind = file.suffix.removeprefix(".")

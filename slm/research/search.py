@@ -7,6 +7,7 @@ trial that was stopped goes on where it was.
 import contextlib
 import re
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,15 @@ from slm.durable import lock
 from slm.errors import InputError, check
 from slm.messages import say
 from slm.research.points import Flags, Point, Points, Result, grid, key_of
+from slm.research.runs import compared_by
 from slm.watch.tensorboard import read_curves
 
 SEED = "--seed_everything"
 RANGE = re.compile(r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)\.\.(-?\d+(?:\.\d+)?(?:e-?\d+)?)", re.IGNORECASE)
 LOGARITHMIC = 10
 """A range is searched in its logarithm if its ends differ by so many times."""
-MOST_VALIDATIONS = 1_000_000
-"""Of a run: those of the next seed are counted on from here."""
+SECONDS_TO_WAIT = 2.0
+"""For the run of a trial whose process was killed, and that goes on alone."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,11 @@ class Search:
     def __init__(self, flags: Flags, points: Points, num_trials: int, sampler: str, pruner: str) -> None:
         self._flags, self._points, self._num_trials = flags, points, num_trials
         self._trial: Any = None
+        self.num_failed = 0
         self._ranges = {name: found for name, values in flags if (found := as_range(values))}
         self._choices = {name: list(values) for name, values in flags if len(values) > 1 and name != SEED}
+        seeds = [name for name in self._ranges if name in (SEED, "--data.seed")]
+        check(not seeds, f"{seeds and seeds[0]}: a search in a seed finds the luckiest, give its values one by one")
         check(
             bool(self._ranges or self._choices),
             "nothing is searched: give a flag several values, or a range like --model.learning_rate 0.0003..0.03",
@@ -92,10 +97,15 @@ class Search:
         )
 
     def run(self) -> list[Result]:
-        """Train trials until there are enough; returns what those that ended reached."""
+        """Train trials until there are enough; returns what those that ended reached.
+
+        One that fails is not tried again, but the next start of the command tries another in its place.
+        """
         while (claim := self._next()) is not None:
             with claim:
-                self._study.tell(self._trial.number, **self._train(self._trial))
+                told = self._train(self._trial)
+                self._study.tell(self._trial.number, **told)
+                self.num_failed += told.get("state") == self._optuna.trial.TrialState.FAIL
         states = self._optuna.trial.TrialState
         if running := self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
             say(f"{len(running)} trials are still trained by other processes")
@@ -111,27 +121,36 @@ class Search:
             for frozen in self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
                 claim = contextlib.ExitStack()
                 if claim.enter_context(self._points.claimed(f"{self._name}-{frozen.number}")):
+                    self._sample_for(frozen.number)
                     self._trial = self._chosen(self._optuna.trial.Trial(self._study, frozen._trial_id))
                     return claim
                 claim.close()
-            number = len(self._study.get_trials(deepcopy=False))
-            if number >= self._num_trials:
+            trials = self._study.get_trials(deepcopy=False)
+            number, num_failed = len(trials), sum(trial.state == states.FAIL for trial in trials)
+            if number - num_failed + self.num_failed >= self._num_trials:
                 return None
             claim = contextlib.ExitStack()
             claim.enter_context(self._points.claimed(f"{self._name}-{number}"))
-            self._study.sampler = _made(self._sampler, seed=number)  # what is drawn does not depend on the process
+            self._sample_for(number)
             self._trial = self._chosen(self._study.ask())
             return claim
 
+    def _sample_for(self, number: int) -> None:
+        """Let what is drawn for a trial not depend on the process that draws it."""
+        self._study.sampler = _made(self._sampler, seed=number)
+
     def _chosen(self, trial: Any) -> Any:
         """A trial with a value for each flag; one that was stopped keeps those that it has."""
-        for name, found in self._ranges.items():
-            if found.is_whole:
-                trial.suggest_int(name, int(found.low), int(found.high), log=found.is_logarithmic)
-            else:
-                trial.suggest_float(name, found.low, found.high, log=found.is_logarithmic)
-        for name, values in self._choices.items():
-            trial.suggest_categorical(name, values)
+        try:
+            for name, found in self._ranges.items():
+                if found.is_whole:
+                    trial.suggest_int(name, int(found.low), int(found.high), log=found.is_logarithmic)
+                else:
+                    trial.suggest_float(name, found.low, found.high, log=found.is_logarithmic)
+            for name, values in self._choices.items():
+                trial.suggest_categorical(name, values)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"sampler={self._sampler.__name__} cannot choose: {error}; give another") from error
         return trial
 
     def _points_of(self, params: Mapping[str, Any]) -> list[Point]:
@@ -148,17 +167,13 @@ class Search:
         for number, point in enumerate(self._points_of(trial.params)):
             say(f"trial {trial.number + 1} of {self._num_trials}: {point}")
 
-            def is_hopeless(run: Path, first: int = number * MOST_VALIDATIONS) -> bool:
-                reported = self._study.get_trials(deepcopy=False)[trial.number].intermediate_values
-                for at, (_, loss) in enumerate(read_curves(run).get("val/loss", []), start=first):
-                    if at not in reported:
-                        trial.report(loss, at)
-                return bool(trial.should_prune())
-
             try:
                 key = self._points.key(point)
                 with self._points.claimed(key, waits=True):
-                    result = self._points.result(key) or self._points.train(key, point, is_hopeless)
+                    while self._points.is_trained_elsewhere(key):
+                        time.sleep(SECONDS_TO_WAIT)
+                    watched = self._is_hopeless if number == 0 else None  # seeds have no validations in common
+                    result = self._points.result(key) or self._points.train(key, point, watched)
                 if result is None:
                     say(f"trial {trial.number + 1} is given up, it is not promising")
                     return {"state": states.PRUNED}
@@ -170,6 +185,15 @@ class Search:
             losses.append(result.loss)
             say(f"{result.run}: {result.loss:.3f}")
         return {"values": statistics.mean(losses)}
+
+    def _is_hopeless(self, run: Path) -> bool:
+        """Show the pruner the validations of a run, and ask it."""
+        curves = read_curves(run)
+        reported = self._study.get_trials(deepcopy=False)[self._trial.number].intermediate_values
+        for at, (_, loss) in enumerate(curves.get(compared_by(curves), [])):
+            if at not in reported:
+                self._trial.report(loss, at)
+        return bool(self._trial.should_prune())
 
 
 def _optuna() -> ModuleType:
@@ -189,5 +213,5 @@ def _class_of(module: ModuleType, setting: str, name: str) -> Any:
 def _made(kind: Any, **options: Any) -> Any:
     try:
         return kind(**options)
-    except (TypeError, ImportError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"{kind.__name__} cannot be used here: {error}") from error

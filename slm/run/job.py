@@ -17,7 +17,7 @@ from slm.run.checkpoint import run_folders
 JOB_FILE = "job"
 """In a run's folder: the job that trains it, and the arguments that it was started with."""
 NAME = "SLM_JOB"
-"""The environment variable that names a job, whoever starts it."""
+"""The environment variable that names a job, which trains one run, whoever starts it."""
 
 
 def is_slurm_job() -> bool:
@@ -44,7 +44,7 @@ def requeue() -> None:
 def note_job(run: Path, argv: Sequence[str]) -> None:
     """Write into a run's folder which job trains it, and with which arguments; a job may train several runs."""
     if (job := _job()) is not None:
-        replace_file(run / JOB_FILE, _noted(job, argv).encode(errors="surrogateescape"))
+        replace_file(run / JOB_FILE, _noted(job, argv))
 
 
 def run_of_job(runs: Path, argv: Sequence[str]) -> Path | None:
@@ -52,18 +52,31 @@ def run_of_job(runs: Path, argv: Sequence[str]) -> Path | None:
     job = _job()
     is_first_turn = _slurm_job() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
     is_told_apart = NAME in os.environ or not is_first_turn or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return find_run(runs, job, argv) if job is not None and is_told_apart else None
+    return _newest_with(runs, _noted(job, argv)) if job is not None and is_told_apart else None
 
 
-def find_run(runs: Path, job: str, argv: Sequence[str]) -> Path | None:
-    """The newest run that a job trained with these arguments."""
-    noted = _noted(job, argv).encode(errors="surrogateescape")
-    of_job = (run for run in run_folders(runs) if (run / JOB_FILE).is_file() and (run / JOB_FILE).read_bytes() == noted)
-    return next(of_job, None)
+def run_of_named_job(runs: Path, name: str) -> Path | None:
+    """The run that the job of a name in `SLM_JOB` trains; None where there is none."""
+    return _newest_with(runs, _with_lines(name))
 
 
-def _noted(job: str, argv: Sequence[str]) -> str:
-    return "\n".join([job, *argv]) + "\n"
+def is_run_of_named_job(run: Path, name: str) -> bool:
+    """Whether that job trained this run."""
+    file = run / JOB_FILE
+    return file.is_file() and file.read_bytes() == _with_lines(name)
+
+
+def _newest_with(runs: Path, noted: bytes) -> Path | None:
+    files = (run / JOB_FILE for run in run_folders(runs))
+    return next((file.parent for file in files if file.is_file() and file.read_bytes() == noted), None)
+
+
+def _noted(job: str, argv: Sequence[str]) -> bytes:
+    return _with_lines(job) if NAME in os.environ else _with_lines(job, *argv)
+
+
+def _with_lines(*lines: str) -> bytes:
+    return ("\n".join(lines) + "\n").encode(errors="surrogateescape")
 
 
 def _job() -> str | None:
