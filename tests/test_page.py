@@ -340,6 +340,7 @@ def test_an_alternative_is_another_way_from_there(visit: Callable[..., Any], rhy
     page.wait_for_function("document.querySelectorAll('.tokens')[1].querySelectorAll('button').length > 12")
     page.get_by_role("button", name="Stop").click()
     written_in(page).nth(1).click()  # "four": "u" after "fo"
+    sync_api.expect(page.get_by_text("What could stand at place 2", exact=True)).to_be_visible()
     choices = page.get_by_role("group", name="alternatives").get_by_role("button")
     sync_api.expect(choices).to_have_count(10)
     assert choices.nth(0).get_attribute("aria-current") == "true"
