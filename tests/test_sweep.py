@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,8 +88,12 @@ def test_a_range_is_whole_or_not_and_logarithmic_if_it_is_wide() -> None:
         (["--model.learning_rate", "0.001..0.1"], "only a search chooses in a range, add --trials N"),
         (["--trials=0"], "trials=0 must be at least 1"),
         (["--trials=3"], "nothing is searched"),
-        (["--trials=3", "--data.seed", "0..9", "--sampler=Best"], "sampler=Best: Optuna has"),
-        (["--trials=3", "--data.seed", "0..9", "--pruner=ThresholdPruner"], "ThresholdPruner cannot be used here"),
+        (["--trials=3", "--data.seed", "0..9"], "--data.seed: a search in a seed finds the luckiest"),
+        (["--trials=3", "--model.num_layers", "1..3", "--sampler=Best"], "sampler=Best: Optuna has"),
+        (
+            ["--trials=3", "--model.num_layers", "1..3", "--pruner=ThresholdPruner"],
+            "ThresholdPruner cannot be used here",
+        ),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_is_trained(
@@ -158,11 +163,11 @@ def test_a_point_that_fails_leaves_the_others_and_the_exit_status_says_so(
 @pytest.mark.slow
 def test_a_search_takes_the_mean_over_seeds_and_goes_on_where_it_was_stopped(workdir: Path) -> None:
     optuna = pytest.importorskip("optuna")
-    argv = [*SMALL, "--trainer.max_epochs=2", "--pruner=NopPruner", "--sampler=RandomSampler"]
+    argv = [*SMALL, "--trainer.max_epochs=120", "--pruner=NopPruner", "--sampler=RandomSampler"]
     argv += ["--model.learning_rate", "0.001..0.1", "--model.num_layers", "1..2", "--seed_everything", "0", "1"]
     first = start(*argv, "--trials=2")
-    wait_for(lambda: (RUNS / "version_2").is_dir(), first)
-    first.kill()
+    wait_for(lambda: (RUNS / "version_2/checkpoints/last.ckpt").is_file(), first)
+    first.kill()  # its child trains on
     first.communicate()
     assert run_command("-m", "slm.sweep", *argv, "--trials=2", cwd=workdir).returncode == 0
     assert run_command("-m", "slm.sweep", *argv, "--trials=3", cwd=workdir).returncode == 0
@@ -184,18 +189,51 @@ def test_a_search_takes_the_mean_over_seeds_and_goes_on_where_it_was_stopped(wor
 
 
 @pytest.mark.slow
+def test_a_search_that_failed_says_so_and_tries_others_in_the_place_of_what_failed(workdir: Path) -> None:
+    pytest.importorskip("optuna")
+    [text, *others] = ["--data.path=text.txt", "--data=TextData", "--model.vocab_size=256", "--trainer.max_epochs=1"]
+    argv = ["-m", "slm.sweep", *SMALL[:-1], *others, text, "--trials=2", "--model.learning_rate", "0.001..0.1"]
+    argv = [flag for flag in argv if not flag.startswith("--data.num_tokens")]
+    failed = run_command(*argv, cwd=workdir)
+    assert failed.returncode == 2
+    assert "there is no such file" in failed.stderr
+    Path("text.txt").write_text("one two three four five. " * 200)
+    mended = run_command(*argv, cwd=workdir)
+    assert mended.returncode == 0, mended.stderr
+    assert len(re.findall(r"^\| version_\d", mended.stdout, re.MULTILINE)) == 2
+
+
+@pytest.mark.slow
+def test_changed_data_or_another_run_in_its_place_makes_a_point_new(
+    workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [flag for flag in SMALL if not flag.startswith("--data.num_tokens")]
+    argv += ["--data=TextData", "--data.path=text.txt", "--model.vocab_size=256", "--trainer.max_epochs=1"]
+    Path("text.txt").write_text("one two three four five. " * 200)
+    main(argv)
+    Path("text.txt").write_text("five four three two one. " * 300)
+    capsys.readouterr()
+    main(argv)
+    assert "1 of 1: " in capsys.readouterr().err
+    (RUNS / "version_1").rename("elsewhere")
+    shutil.copytree(RUNS / "version_0", RUNS / "version_1")
+    main(argv)
+    assert "runs/version_2: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_search_gives_up_what_is_not_promising(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("optuna")
     argv = [*SMALL, "--trainer.max_epochs=400", "--pruner=PercentilePruner"]
     with pytest.raises(SystemExit):
-        main([*argv, "--trials=2", "--data.seed", "0..9"])
+        main([*argv, "--trials=2", "--model.num_layers", "1..3"])
     assert "PercentilePruner cannot be used here" in capsys.readouterr().err
     code = (
         "import optuna\nfrom slm.sweep import main\n"
         "class Never(optuna.pruners.BasePruner):\n"
         "    def prune(self, study, trial): return trial.number == 1\n"
         "optuna.pruners.NeverPruner = Never\n"
-        f"main({[*argv[:-1], '--trials=2', '--pruner=NeverPruner', '--data.seed', '0..9']!r})\n"
+        f"main({[*argv[:-1], '--trials=2', '--pruner=NeverPruner', '--model.learning_rate', '0.001..0.1']!r})\n"
     )
     result = run_command("-c", code, cwd=workdir)
     assert result.returncode == 0, result.stderr
