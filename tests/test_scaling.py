@@ -3,11 +3,13 @@
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, UNSHOWN, run_command
+from test_readme import SCALING
 
 from slm.errors import InputError
 from slm.research.law import Law, fit
@@ -106,7 +108,7 @@ def test_what_makes_no_ladder_is_refused(
 
 @pytest.mark.slow
 def test_the_largest_model_is_foretold_before_it_is_trained(workdir: Path) -> None:
-    argv = ["-m", "slm.scaling", *TINY, "--embed_dims", "8", "16", "32", "--tokens", "4096", "8192", "16384"]
+    argv = [*shlex.split(SCALING)[1:], *TINY, "--embed_dims", "8", "16", "32", "--tokens", "4096", "8192", "16400"]
     first = run_command(*argv, cwd=workdir)
     assert first.returncode == 0, first.stderr
     [file] = (RUNS / "sweep").glob("prediction-*.json")
@@ -116,7 +118,9 @@ def test_the_largest_model_is_foretold_before_it_is_trained(workdir: Path) -> No
     rows = re.findall(r"^\| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", first.stdout, re.M)
     losses = [float(loss) for _, *row in rows for loss in row]
     sizes = [int(size.replace(",", "")) for size, *_ in rows for _ in range(3)]
-    tokens = [4096, 8192, 16384] * 3
+    [header] = re.findall(r"^\| parameters \| (.+) tokens \|$", first.stdout, re.M)
+    tokens = [int(number.replace(",", "")) for number in header.split(" tokens | ")] * 3
+    assert tokens == [4096, 8192, 16384] * 3  # whole batches
     without_largest = fit(sizes[:-1], tokens[:-1], losses[:-1]).law
     assert foretold["loss"] == pytest.approx(without_largest.loss(sizes[-1], tokens[-1]), abs=0.02)
     whole = fit(sizes, tokens, losses).law
