@@ -89,8 +89,9 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         journal = optuna.storages.journal.JournalFileBackend(str(points.folder / "study.journal"))
         self._name = key_of({"flags": [[name, list(values)] for name, values in flags]})
+        self._storage = optuna.storages.JournalStorage(journal)
         self._study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(journal),
+            storage=self._storage,
             study_name=self._name,
             pruner=_made(_class_of(optuna.pruners, "pruner", pruner)),
             load_if_exists=True,
@@ -122,7 +123,9 @@ class Search:
                 claim = contextlib.ExitStack()
                 if claim.enter_context(self._points.claimed(f"{self._name}-{frozen.number}")):
                     self._sample_for(frozen.number)
-                    self._trial = self._chosen(self._optuna.trial.Trial(self._study, frozen._trial_id))
+                    study = self._storage.get_study_id_from_name(self._name)
+                    trial = self._storage.get_trial_id_from_study_id_trial_number(study, frozen.number)
+                    self._trial = self._chosen(self._optuna.trial.Trial(self._study, trial))
                     return claim
                 claim.close()
             trials = self._study.get_trials(deepcopy=False)
