@@ -170,6 +170,7 @@ def climb(ladder: Ladder, flags: Flags) -> None:
     """Train the ladder, predict its last model, train that too, and print and draw the law."""
     points = list(ladder.points(flags).values())
     folder = Points(runs_of(points[-1].command()))
+    folder.make_folder()
     check_each_token_is_new(points[-1])
     keys = {folder.key(point): point for point in points}
     *below, largest = keys

@@ -68,9 +68,11 @@ def sweep(flags: Flags, options: Options) -> int:
     if options.trials is None:
         points = grid(flags)
         folder = Points(runs_of(points[0].command()))
+        folder.make_folder()
         results, num_failed = train_all(folder, {folder.key(point): point for point in points})
     else:
         folder = Points(runs_of(corner(flags, 0).command()))
+        folder.make_folder()
         search = Search(flags, folder, options.trials, options.sampler, options.pruner)
         results, num_failed = search.run(), search.num_failed
     if results:
@@ -113,13 +115,17 @@ def train_all(folder: Points, points: Mapping[str, Point]) -> tuple[list[Result]
 
 
 def cost_table(points: Sequence[Point]) -> str:
-    """What points cost on this machine, one row for all that cost the same, and their sum below."""
+    """What points that have not ended yet cost on this machine, one row for all that cost the same, and their sum."""
+    folder = Points(runs_of(points[0].command()))
+    keyed = {folder.key(point): point for point in points}
+    left = [point for key, point in keyed.items() if folder.result(key) is None]
     rows, seconds = [*COST_HEADER], 0.0
-    for group in alike(points):
+    for group in alike(left):
         cost = cost_of(group[0].argv)
         rows.append(f"| {len(group)} | {group[0]} | {_facts(cost)} |")
         seconds += len(group) * (cost.seconds + SECONDS_TO_START)
-    return "\n".join([*rows, "", f"{len(points)} runs: {duration(seconds)} in one process{_about()}"])
+    ended = f", {len(keyed) - len(left)} others have ended" if len(left) < len(keyed) else ""
+    return "\n".join([*rows, "", f"{len(left)} runs: {duration(seconds)} in one process{_about()}{ended}"])
 
 
 def search_cost(flags: Flags, num_trials: int) -> str:

@@ -238,6 +238,7 @@ def test_a_search_gives_up_what_is_not_promising(workdir: Path, capsys: pytest.C
     result = run_command("-c", code, cwd=workdir)
     assert result.returncode == 0, result.stderr
     assert "trial 2 is given up, it is not promising" in result.stderr
+    assert "trials trained to their end: 1, given up: 1; the best: --model.learning_rate=0." in result.stderr
     kept = read_checkpoint(RUNS / "version_1/checkpoints/last.ckpt")["global_step"]
     assert 0 < kept < read_checkpoint(RUNS / "version_0/checkpoints/last.ckpt")["global_step"]
     assert len(list((RUNS / "sweep").glob("*.json"))) == 1
@@ -245,9 +246,8 @@ def test_a_search_gives_up_what_is_not_promising(workdir: Path, capsys: pytest.C
 
 @pytest.mark.slow
 def test_the_cost_is_said_and_nothing_is_trained(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(
-        [*SMALL, "--trainer.max_epochs=3", "--model.hidden_dim", "16", "32", "--seed_everything", "0", "1", "--dry_run"]
-    )
+    argv = [*SMALL, "--trainer.max_epochs=3", "--model.hidden_dim", "16", "32", "--seed_everything", "0", "1"]
+    main([*argv, "--dry_run"])
     header, _, first, second, _, total = capsys.readouterr().out.splitlines()
     assert header.startswith("| runs | ")
     for row, hidden_dim in ((first, 16), (second, 32)):
@@ -259,6 +259,12 @@ def test_the_cost_is_said_and_nothing_is_trained(workdir: Path, capsys: pytest.C
         assert int(steps) == 3 * 4
     assert total.startswith("4 runs: 0:")
     assert not RUNS.exists()
+    main([*argv[:-2], "0"])  # one of the seeds
+    capsys.readouterr()
+    main([*argv, "--dry_run"])
+    *_, total = capsys.readouterr().out.splitlines()
+    assert total.startswith("2 runs: 0:")
+    assert total.endswith(", 2 others have ended")
 
 
 def test_a_named_job_goes_on_in_its_run_even_if_that_kept_nothing(

@@ -101,14 +101,14 @@ class Points:
 
     Args:
         runs: the folder of their runs.
-
-    Raises:
-        InputError: it cannot be written to.
     """
 
     def __init__(self, runs: Path) -> None:
         self.runs, self.folder = runs, runs / FOLDER
         self._fingerprints: dict[str, str | None] = {}
+
+    def make_folder(self) -> None:
+        """For what is kept of points while they are trained; raises InputError where it cannot be made."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -111,6 +111,11 @@ class Search:
         if running := self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
             say(f"{len(running)} trials are still trained by other processes")
         complete = self._study.get_trials(deepcopy=False, states=(states.COMPLETE,))
+        if complete:
+            best, given_up = self._study.best_trial, self._study.get_trials(deepcopy=False, states=(states.PRUNED,))
+            values = " ".join(f"{name}={as_text(value)}" for name, value in best.params.items())
+            ended = f"trials trained to their end: {len(complete)}, given up: {len(given_up)}"
+            say(f"{ended}; the best: {values} ({best.value:.3f})")
         keys = [self._points.key(point) for trial in complete for point in self._points_of(trial.params)]
         return [result for key in dict.fromkeys(keys) if (result := self._points.result(key)) is not None]
 
