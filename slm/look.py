@@ -3,7 +3,7 @@
 import errno
 import socket
 from collections.abc import Sequence
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from slm.command.exit_codes import ends_in_one_line
@@ -30,10 +30,7 @@ def look(ckpt_path: str | Path = "best", accelerator: str = "auto", port: int = 
     check(1 <= port < 2**16, f"port={port} must be at least 1 and below {2**16}")
     check_free(port)
     device = writing_device(accelerator)
-    try:
-        import_module("nicegui")
-    except ImportError as error:
-        raise InputError('the page needs the package nicegui: pip install -e ".[look]"') from error
+    check(find_spec("nicegui") is not None, 'the page needs the package nicegui: pip install -e ".[look]"')
     from slm.page.checkpoints import Checkpoint
     from slm.page.serve import serve
 

@@ -135,8 +135,8 @@ def test_a_model_without_a_tokenizer_reads_and_writes_numbers(numbers: str, caps
     ("prompt", "message"),
     [
         ("", "error: the prompt is empty: numbers.pt has no tokenizer, it needs a token to begin with"),
-        ("3 four", "error: numbers.pt: prompt 'four' is no token id: this model was trained without a tokenizer"),
-        ("3 256", "error: numbers.pt: prompt '256' is no token id: this model was trained without a tokenizer"),
+        ("3 four", "error: numbers.pt: 'four' is no token id: this model was trained without a tokenizer"),
+        ("3 256", "error: numbers.pt: '256' is no token id: this model was trained without a tokenizer"),
     ],
 )
 def test_what_is_no_number_of_a_token_is_refused(

@@ -15,7 +15,7 @@ from slm.data.dummy import MarkovSource, UniformSource
 from slm.errors import InputError
 from slm.formats.hugging_face import as_transformers
 from slm.model.insight import attention, layer_logits, next_logits, read, surprise
-from slm.model.transformer import Block, Transformer
+from slm.model.transformer import Block, CausalSelfAttention, KVCache, Transformer
 from slm.run.checkpoint import open_checkpoint
 from slm.run.loading import first_network
 from slm.training.language_model import LanguageModel
@@ -161,6 +161,35 @@ def test_attention_is_found_in_any_network_that_has_it() -> None:
     network = nn.Sequential(nn.Embedding(20, 16), nn.Sequential(Block(16, 4, 32, 0.0)), Block(16, 2, 32, 0.0))
     assert [weights.shape for weights in attention(network, torch.arange(5))] == [(4, 5, 5), (2, 5, 5)]
     assert attention(nn.Embedding(20, 16), torch.arange(5)) == []
+
+
+def test_a_part_of_the_attention_is_that_part_of_all_of_it() -> None:
+    reading = read(moved_away(architecture="llama", num_heads=4, num_kv_heads=2), torch.randint(20, (11,)))
+    torch.testing.assert_close(reading.attention(1, 4, 9), reading.attention(1)[:, 4:9, :9])
+
+
+def test_attention_of_a_kind_of_its_own_is_not_shown_as_if_it_were_ours() -> None:
+    class Blind(CausalSelfAttention):
+        def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+            return self.out(x)
+
+    network = nn.Sequential(nn.Embedding(20, 16), Blind(16, 4, 0.0), CausalSelfAttention(16, 2, 0.0))
+    assert [weights.shape for weights in attention(network, torch.arange(5))] == [(2, 5, 5)]
+
+
+def test_blocks_may_be_called_with_names() -> None:
+    class Naming(Transformer):
+        def forward(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+            x = self.embed(tokens)
+            for block in self.blocks:
+                x = block(x=x)
+            return self.final_norm(x)
+
+    transformer, tokens = Naming(**SMALL).eval(), torch.arange(5)
+    reading = read(transformer, tokens)
+    assert len(reading.stream) == 1 + len(transformer.blocks)
+    logits = transformer.logits(transformer(tokens[None]))[0]
+    torch.testing.assert_close(layer_logits(transformer, reading, 2)[-1], logits[2])
 
 
 def test_an_error_leaves_the_network_as_it_was() -> None:

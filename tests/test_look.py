@@ -4,6 +4,7 @@ import asyncio
 import socket
 import sys
 import threading
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,13 @@ from slm.run.loading import load
 
 pytest.importorskip("nicegui")
 
-from slm.page.checkpoints import FIRST, Checkpoint
-from slm.page.drawing import Bar, attention_map, bars, shaded
+from slm.page.checkpoints import Checkpoint
+from slm.page.drawing import Bar, attention_map, bars, layers, shaded, surprised
 from slm.page.names import visible
 from slm.page.page import ids_of
 from slm.page.worker import Latest, SupersededError, Worker
+
+FIRST = "untrained weights, seed 0"
 
 
 @pytest.mark.parametrize(
@@ -87,22 +90,18 @@ def test_a_damaged_checkpoint_is_not_offered(trained: Path) -> None:
     assert list(Checkpoint("best", "cpu").others) == [FIRST]
 
 
-def test_what_began_with_the_weights_of_a_file_has_no_first_weights_of_its_seed(trained: Path) -> None:
-    config = trained / "config.yaml"
-    config.write_text(config.read_text().replace("init_from: null", "init_from: /elsewhere.pt"))
-    assert FIRST not in Checkpoint("best", "cpu").others
-
-
-def test_a_lone_file_has_nothing_beside_it(rhyming: Path) -> None:
-    assert Checkpoint(rhyming, "cpu").others == {}
+def test_a_lone_file_has_untrained_weights_beside_it(rhyming: Path) -> None:
+    assert Checkpoint(rhyming, "cpu").others == {FIRST: None}
 
 
 def test_a_checkpoint_with_another_tokenizer_is_not_put_beside_it(rhyming: Path, workdir: Path) -> None:
     content = torch.load(rhyming, weights_only=True)
     torch.save(content, "one.ckpt")
     torch.save({**content, "tokenizer": None}, "other.ckpt")
-    with pytest.raises(InputError, match=r"other\.ckpt has another tokenizer"):
-        Checkpoint("one.ckpt", "cpu").open("other.ckpt")
+    torch.save({**content, "hyper_parameters": {**content["hyper_parameters"], "vocab_size": 300}}, "larger.ckpt")
+    for name, what in (("other", "tokenizer"), ("larger", "vocab_size")):
+        with pytest.raises(InputError, match=rf"{name}\.ckpt has another {what}"):
+            Checkpoint("one.ckpt", "cpu").open(f"{name}.ckpt")
 
 
 def test_the_source_of_a_run_is_the_one_that_it_was_trained_on(trained: Path, rhyming: Path) -> None:
@@ -141,10 +140,33 @@ def test_what_a_token_says_is_text_and_never_a_part_of_the_page() -> None:
         bars([Bar(name, 0.5, 0.25)], name, name),
         shaded([name], [1.0]),
         attention_map(torch.eye(1), [name], 0, name),
+        layers([[(name, 1.0)]], name, [(1.0, 1)]),
+        surprised([name], [1.0], [name], 0),
     ]
     for html in drawn:
-        assert "<script" not in html
-        assert "&lt;script&gt;" in html
+        parser = Parser()
+        parser.feed(html)
+        assert "script" not in parser.tags
+        assert parser.texts & {name, "<script…"}
+        assert not parser.values or name in parser.values
+
+
+class Parser(HTMLParser):
+    """Notes tags, texts, and the values of attributes that are read to somebody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.texts: set[str] = set()
+        self.values: set[str | None] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        kinds = {"title"} | ({"aria-label"} if tag == "svg" else set())
+        self.values |= {value for key, value in attrs if key in kinds and value != "100.0 %"}
+
+    def handle_data(self, data: str) -> None:
+        self.texts.add(data)
 
 
 def test_a_map_has_a_label_for_each_row_and_column() -> None:

@@ -26,8 +26,8 @@ class Numbers:
             is_id = name.isascii() and name.isdigit() and len(name) < 19 and int(name) < self.vocab_size
             check(
                 is_id,
-                f"prompt {name!r} is no token id: this model was trained without a tokenizer, it takes numbers below "
-                f"vocab_size={self.vocab_size}, such as '5 17'",
+                f"{name!r} is no token id: this model was trained without a tokenizer, its text is numbers from 0 to "
+                f"{self.vocab_size - 1}, such as '5 17'",
             )
         return array(self.typecode, map(int, names)).tobytes()
 

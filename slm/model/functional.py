@@ -72,11 +72,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 def causal_weights(q: Tensor, k: Tensor) -> Tensor:
-    """How much each position attends to each up to it, (B, H, T, T), of q (B, H, T, D / H) and k (B, K, T, D / H)."""
-    seq_len, group_size = q.shape[2], q.shape[1] // k.shape[1]
-    future = torch.full((seq_len, seq_len), -math.inf, dtype=q.dtype, device=q.device).triu(1).repeat(group_size, 1)
-    queries, keys = _grouped(q, k).flatten(0, 1), k.flatten(0, 1)  # (BK, T H / K, D / H), (BK, T, D / H)
-    return torch.baddbmm(future, queries, keys.mT, alpha=q.shape[-1] ** -0.5).softmax(-1).view(*q.shape[:3], seq_len)
+    """How much each of the last T positions attends to each of all S up to it, (B, H, T, S).
+
+    Args:
+        q: (B, H, T, D / H).
+        k: (B, K, S, D / H).
+    """
+    seq_len, all_len, group_size = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    future = torch.full((seq_len, all_len), -math.inf, dtype=q.dtype, device=q.device).triu(1 + all_len - seq_len)
+    queries, keys = _grouped(q, k).flatten(0, 1), k.flatten(0, 1)  # (BK, T H / K, D / H), (BK, S, D / H)
+    scores = torch.baddbmm(future.repeat(group_size, 1), queries, keys.mT, alpha=q.shape[-1] ** -0.5)
+    return scores.softmax(-1).view(*q.shape[:3], all_len)
 
 
 def _grouped(x: Tensor, k: Tensor) -> Tensor:

@@ -35,11 +35,15 @@ class Reading:
     inputs: Sequence[tuple[CausalSelfAttention, Tensor]]
 
     @torch.no_grad()
-    def attention(self, layer: int) -> Tensor:
-        """How much each token attends to each one up to it, (H, T, T) in fp32; each row adds up to 1."""
+    def attention(self, layer: int, start: int = 0, end: int | None = None) -> Tensor:
+        """How much each token from a start to an end, by default each, attends to each one up to the end.
+
+        Returns:
+            (H, end - start, end) in fp32; each row adds up to 1.
+        """
         attention, x = self.inputs[layer]
-        q, k, _ = attention.heads(x)
-        return causal_weights(q, k)[0].float()
+        q, k, _ = attention.heads(x[:, :end])
+        return causal_weights(q[:, :, start:], k)[0].float()
 
 
 class Surprise(NamedTuple):
@@ -63,20 +67,20 @@ def read(network: nn.Module, tokens: Tensor) -> Reading:
     stream: list[Tensor] = []
     inputs: list[tuple[CausalSelfAttention, Tensor]] = []
 
-    def note_input(block: nn.Module, given: tuple[Tensor]) -> None:
+    def note_input(block: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         if not stream:
-            stream.append(given[0][0])
+            stream.append((*given, *named.values())[0][0])
 
-    def note_output(block: nn.Module, given: tuple[Tensor], x: Tensor) -> None:
+    def note_output(block: nn.Module, given: tuple[Tensor, ...], x: Tensor) -> None:
         stream.append(x[0])
 
-    def note_attention(layer: CausalSelfAttention, given: tuple[Tensor]) -> None:
-        inputs.append((layer, given[0]))
+    def note_attention(layer: CausalSelfAttention, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        inputs.append((layer, (*given, *named.values())[0]))
 
     modes = {module: module.training for module in network.modules()}
-    hooks = [layer.register_forward_pre_hook(note_attention) for layer in attention_layers(network)]
+    hooks = [layer.register_forward_pre_hook(note_attention, with_kwargs=True) for layer in attention_layers(network)]
     if isinstance(network, Transformer):
-        hooks += [block.register_forward_pre_hook(note_input) for block in network.blocks]
+        hooks += [block.register_forward_pre_hook(note_input, with_kwargs=True) for block in network.blocks]
         hooks += [block.register_forward_hook(note_output) for block in network.blocks]
     try:
         network.eval()
@@ -92,14 +96,19 @@ def read(network: nn.Module, tokens: Tensor) -> Reading:
 def attention(network: nn.Module, tokens: Tensor) -> list[Tensor]:
     """How much each token of a sequence (T,) attends to each one up to it: (H, T, T) of every layer, in fp32.
 
-    A layer is a `CausalSelfAttention`, wherever it is in the network. Of a network without any the list is empty.
+    A layer is one of `attention_layers`. Of a network without any the list is empty.
     """
     reading = read(network, tokens)
     return [reading.attention(layer) for layer in range(len(reading.inputs))]
 
 
 def attention_layers(network: nn.Module) -> list[CausalSelfAttention]:
-    return [module for module in network.modules() if isinstance(module, CausalSelfAttention)]
+    """Each `CausalSelfAttention`, wherever it is; of one whose `forward` is another, nothing is known."""
+    return [
+        module
+        for module in network.modules()
+        if isinstance(module, CausalSelfAttention) and type(module).forward is CausalSelfAttention.forward
+    ]
 
 
 @torch.no_grad()

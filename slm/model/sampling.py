@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm.errors import check
@@ -145,8 +146,10 @@ class Sampler:
         return self._draw(self.probabilities(logits))
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What is drawn from, (B, V), for a temperature above 0; its sum is the share that `top_p` leaves."""
+        """What is drawn from, (B, V); its sum is the share that `top_p` leaves."""
         logits = logits.float()
+        if self.temperature == 0:
+            return F.one_hot(logits.max(-1).indices, logits.shape[-1]).float()
         if self.temperature != 1:
             logits = logits / max(self.temperature, SMALLEST_TEMPERATURE)
         if self.top_k is not None and self.top_k < logits.shape[-1]:

@@ -13,14 +13,14 @@ from slm.data import DummyData
 from slm.data.dummy import MarkovSource, UniformSource
 from slm.data.text_stream import Numbers, stored_tokenizer
 from slm.data.tokenizer import Tokenizer
-from slm.errors import InputError
+from slm.errors import check
 from slm.model.transformer import Transformer
 from slm.run.checkpoint import WEIGHTS_NAME, open_checkpoint, read_checkpoint
 from slm.run.loading import class_path_of, first_network, restore_network
 
-FIRST = "first weights, untrained"
 NONE = "nothing"
 EXAMPLE_NUMBERS = 24
+KEPT = ("hyper_parameters", "model_class", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Checkpoint:
         tokenizer: of its text; of dummy data the numbers.
         source: of its dummy tokens, whose probabilities are known; None for text, and where the data is not known.
         example: tokens of the source, or where none is known any.
-        others: what can be put beside it: names, each with the file, or None where the network is made anew.
+        others: what can be put beside it: names, each with the file, or None for untrained weights, which come first.
     """
 
     def __init__(self, ckpt_path: str | Path, device: str) -> None:
@@ -65,18 +65,26 @@ class Checkpoint:
         self.source = _source(self._content.get("data") or self._settings.get("data"), hparams)
         numbers = torch.arange(EXAMPLE_NUMBERS) if self.source is None else self.source.sample(EXAMPLE_NUMBERS)
         self.example = [number % hparams["vocab_size"] for number in numbers.tolist()]
+        self._seed = seed if isinstance(seed := self._settings.get("seed_everything"), int) else 0
         self.others = self._others()
+        self._opened: Model | None = None
         self._content = {name: self._content[name] for name in KEPT if name in self._content}  # without the optimizer
 
     def open(self, name: str) -> Model:
-        """One of the others; raises InputError where it cannot be read or has another tokenizer."""
-        if (path := self.others[name]) is None:
-            network = first_network(self.path, self._content, self._settings["seed_everything"])
-            return Model(name, network.to(self._device))
-        content = read_checkpoint(path)
-        if content.get("tokenizer") != self._content.get("tokenizer"):
-            raise InputError(f"{path} has another tokenizer than {self.path}: the same text is other tokens there")
-        return Model(name, restore_network(path, content).to(self._device))
+        """One of the others, the latest of which is kept; raises InputError where it cannot be read or compared."""
+        if self._opened is None or self._opened.name != name:
+            self._opened = None
+            self._opened = Model(name, self._network(self.others[name]).to(self._device))
+        return self._opened
+
+    def _network(self, path: Path | None) -> Transformer:
+        if path is None:
+            return first_network(self.path, self._content, self._seed)
+        content, remedy = read_checkpoint(path), f"than {self.path}: the same text is other tokens there"
+        check(content.get("tokenizer") == self._content.get("tokenizer"), f"{path} has another tokenizer {remedy}")
+        sizes = [given["hyper_parameters"]["vocab_size"] for given in (content, self._content)]
+        check(sizes[0] == sizes[1], f"{path} has another vocab_size {remedy}")
+        return restore_network(path, content)
 
     def _run(self) -> Path | None:
         """The folder of its run; None where it lies in none."""
@@ -89,9 +97,7 @@ class Checkpoint:
         return {} if run is None else read_settings(str(run / "config.yaml"))
 
     def _others(self) -> dict[str, Path | None]:
-        others: dict[str, Path | None] = {}
-        if isinstance(self._settings.get("seed_everything"), int) and self._settings.get("init_from") is None:
-            others[FIRST] = None
+        others: dict[str, Path | None] = {f"untrained weights, seed {self._seed}": None}
         run = self._run()
         folder = self.path.parent if run is None else run / "checkpoints"
         for path in sorted(folder.glob("*.ckpt")):
@@ -99,9 +105,6 @@ class Checkpoint:
                 with contextlib.suppress(Exception):  # a damaged file can make torch raise anything
                     others[_name(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))] = path
         return others
-
-
-KEPT = ("hyper_parameters", "model_class", "tokenizer")
 
 
 def _name(path: Path, content: Mapping[str, Any]) -> str:

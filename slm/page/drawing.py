@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -86,10 +87,9 @@ def layers(rows: Sequence[Sequence[tuple[str, float]]], following: str, places: 
 
 
 def shaded(names: Sequence[str], weights: Sequence[float]) -> str:
-    """Tokens in a row, each as dark as its weight beside the largest."""
-    largest = max(weights, default=1.0) or 1.0
+    """Tokens in a row, each as full in colour as in `picture`."""
     spans = (
-        f"<span style='--share:{weight / largest:.3f}' title='{percent(weight)}'>{escape(name)}</span>{_break(name)}"
+        f"<span style='--share:{math.sqrt(weight):.3f}' title='{percent(weight)}'>{escape(name)}</span>{_break(name)}"
         for name, weight in zip(names, weights, strict=True)
     )
     return "".join(spans)
@@ -99,7 +99,7 @@ def surprised(names: Sequence[str], shares: Sequence[float], tips: Sequence[str]
     """Tokens in a row, each coloured by its share of the scale."""
     spans = (
         f"<span class='token{' selected' if number == selected else ''}' style='--share:{share:.3f}' "
-        f"title='{escape(tip, quote=True)}'>{escape(name)}</span>{_break(name)}"
+        f"title='{escape(tip)}'>{escape(name)}</span>{_break(name)}"
         for number, (name, share, tip) in enumerate(zip(names, shares, tips, strict=True))
     )
     return "".join(spans)
@@ -125,10 +125,10 @@ def attention_map(weights: Tensor, names: Sequence[str], selected: int, label: s
     top, width = margin + CELL * selected, CELL * (selected + 1)
     frame = f"<rect class=frame x={margin} y={top} width={width} height={CELL} />"
     image = f"<image href='{picture(weights)}' x={margin} y={margin} width={size} height={size} />"
-    edge = f"<path class=edge d='M{margin} {margin}V{margin + size}H{margin + size}Z' />"
+    edge = f"<path class=edge d='M{margin} {margin}V{margin + size}H{margin + size}' />"
     whole = margin + size + 2
     box = f"viewBox='0 0 {whole:.0f} {whole:.0f}' width={max(whole, min(LARGEST_ZOOM * whole, WIDTH)):.0f}"
-    drawing = f"<svg {box} role=img aria-label='{escape(label, quote=True)}'>{edge}{image}{frame}{''.join(texts)}</svg>"
+    drawing = f"<svg {box} role=img aria-label='{escape(label)}'>{edge}{image}{frame}{''.join(texts)}</svg>"
     return _wide(drawing, "map of attention")
 
 

@@ -10,7 +10,10 @@ LONE = "surrogateescape"
 
 
 def visible(tokenizer: Tokenizer | Numbers, token: int) -> str:
-    """A token's text, in which spaces and line breaks are signs, and bytes that alone are no character like \\xc3."""
+    """A token's text, in which spaces and line breaks are signs, and bytes that alone are no character like \\xc3.
+
+    Of other characters that cannot be seen, the number is written, like U+00A0.
+    """
     if token == tokenizer.end_of_text:
         return ENDING
     if token >= tokenizer.vocab_size:  # of the model it may be larger
@@ -24,4 +27,6 @@ def visible(tokenizer: Tokenizer | Numbers, token: int) -> str:
 def _sign(character: str) -> str:
     if character in SEEN_AS or character.isprintable():
         return SEEN_AS.get(character, character)
-    return ascii(character)[1:-1].replace("\\udc", "\\x")
+    number = ord(character)
+    is_lone = 0xDC80 <= number <= 0xDCFF
+    return ascii(character)[1:-1].replace("\\udc", "\\x") if is_lone or number < 0x80 else f"U+{number:04X}"

@@ -10,7 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import torch
-from nicegui import ui
+from nicegui import app, ui
 from torch import Tensor
 
 from slm.data.text_stream import Numbers
@@ -20,6 +20,7 @@ from slm.model.insight import Reading, layer_logits, next_logits, read, surprise
 from slm.model.sampling import Sampler
 from slm.model.transformer import Transformer
 from slm.page.checkpoints import NONE, Checkpoint, Model
+from slm.page.continuation import Settings, drawn_from
 from slm.page.drawing import Bar, attention_map, bars, layers, percent, picture, shaded, surprised
 from slm.page.names import visible
 from slm.page.parts import Menu, Slider, Tokens, note, panel, tag
@@ -27,10 +28,16 @@ from slm.page.worker import Latest, SupersededError, Worker
 from slm.page.writing import Writing
 
 EXAMPLE = "The model reads a text, and after each word it has an idea of the next."
-NUM_BARS, NUM_SAID = 15, 5
+NUM_BARS, NUM_SAID, NUM_NAMED = 15, 5, 3
 MAP_TOKENS = 64
 CUT_MAP = f"A map shows {MAP_TOKENS} tokens, the chosen one among them; a row lacks what goes to earlier ones."
 LARGEST_TOP_K = 50
+MOST_SEEN = 1024
+"""Tokens of a text that are shown, which is all that GPT-2 reads: each is a button, and more are slow in a browser."""
+LONGEST_TEXT = 100_000
+"""Characters that the box takes: a longer message would not reach the server."""
+TEXT = "text"
+"""What a window of the browser keeps when it is loaded anew."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,10 @@ class Page:
         self.checkpoint, self.worker = checkpoint, worker
         self.transformer = checkpoint.model.transformer
         self.vocab_size = self.transformer.output_weight.shape[0]
+        self.longest = min(self.transformer.max_seq_len, MOST_SEEN)
         self.seen: Seen | None = None
         self.other: Model | None = None
+        self.theirs: tuple[Model, Seen, Seen] | None = None  # the other model, a text as ours sees it, and as it does
         self.head = self.num_layers = 0
         self._reading, self._placing, self._next, self._layers, self._attention, self._other = (
             Latest() for _ in range(6)
@@ -115,6 +124,7 @@ class Page:
         with panel("Your text", "Type, and everything below follows. " + self._what_to_type()):
             self.text = ui.textarea(value=self._example(), on_change=self.read_text)
             self.text.props("outlined autogrow debounce=200 spellcheck=false input-class=text")
+            self.text.props["maxlength"] = LONGEST_TEXT
             self.text.props["aria-label"] = "your text"
             self.text.style("width: 100%")
             self.note = note()
@@ -122,8 +132,8 @@ class Page:
         with self.panels:
             blind = math.log(self.vocab_size)
             known = (
-                "The source of these numbers is known, so beside the model's surprise stands the source's own: what no "
-                "model can avoid."
+                "The source of these numbers is known, so beside the model's surprise stands the source's own. On "
+                "average over what the source itself gives no model is less surprised; over what you type, one may be."
             )
             with panel(
                 "How surprised is it?",
@@ -157,13 +167,16 @@ class Page:
 
     def _what_to_type(self) -> str:
         if self.checkpoint.tokenizer.end_of_text is not None:
-            return f"The model sees at most its last {self.transformer.max_seq_len:,} tokens."
+            signs = (
+                r"A space is shown as ·, a line break as ↵, a token that is a part of a character by its bytes: \xc3."
+            )
+            return f"Its last {self.longest:,} tokens are seen. {signs}"
         return f"This model knows no letters: its tokens are the numbers from 0 to {self.vocab_size - 1:,}."
 
     def _example(self) -> str:
         if self.checkpoint.tokenizer.end_of_text is not None:
             return EXAMPLE
-        return " ".join(map(str, self.checkpoint.example[: self.transformer.max_seq_len]))
+        return " ".join(map(str, self.checkpoint.example[: self.longest]))
 
     def _build_next(self) -> None:
         with panel(
@@ -185,7 +198,8 @@ class Page:
         with panel(
             "What does it attend to?",
             "In every layer each head mixes into a token what it finds at earlier ones. In a map, a row is a token "
-            "that looks back, a column one that it may look at. The fuller the colour, the more; a row adds up to 1.",
+            "that looks back, a column one that it may look at; a row adds up to 1. The fuller the colour, the more: "
+            "it goes with the square root of the weight, so that small ones are seen.",
         ):
             self.attention_note = note()
             with ui.element("div").classes("row"):
@@ -193,6 +207,7 @@ class Page:
                 tag("span", "and its heads; choose one to see it large.", "muted")
             self.heads = ui.element("div").classes("heads")
             self.attended_title = tag("h3")
+            self.attended_most = tag("p", classes="muted")
             self.attended = ui.html("", sanitize=False).classes("text attended")
             self.map_title = tag("h3")
             self.map_note = tag("p", classes="muted")
@@ -202,21 +217,19 @@ class Page:
         self.others = [*self.checkpoint.others, NONE]
         with panel(
             "What has it learned?",
-            "Another state of the same model reads the same text. Its first weights know nothing: all that is better "
-            "than there was learned.",
+            "Another state of the model reads the same text. Untrained weights know nothing: all that is better than "
+            "there was learned. Other checkpoints are those in the same folder.",
         ):
-            if len(self.others) == 1:
-                tag("p", "This checkpoint lies in no folder of a run, so there is nothing to put beside it.", "muted")
             self.other_choice = Menu("beside it", self.others, self._choose_other)
             self.other_note = note()
             self.compared = ui.html("", sanitize=False).classes("compared")
 
     # ---- what is computed
 
-    def settings(self) -> tuple[float, int | None, float]:
+    def settings(self) -> Settings:
         """Temperature, top-k and top-p as the sliders have them."""
         is_all = self.top_k.value > min(LARGEST_TOP_K, self.vocab_size)
-        return self.temperature.value, None if is_all else int(self.top_k.value), self.top_p.value
+        return Settings(self.temperature.value, None if is_all else int(self.top_k.value), self.top_p.value)
 
     def share(self, nats: float | None) -> float:
         """How strong the colour of a surprise is: full for a blind guess."""
@@ -231,7 +244,7 @@ class Page:
         tokenizer = self.checkpoint.tokenizer
         all_ids = ids_of(tokenizer, text)
         check(bool(all_ids), "The text is empty: type a token at least.")
-        ids = all_ids[-transformer.max_seq_len :]
+        ids = all_ids[-min(transformer.max_seq_len, MOST_SEEN) :]
         tokens = torch.tensor(ids)
         reading = read(transformer, tokens.to(transformer.output_weight.device))
         found = surprise(transformer, reading)
@@ -261,6 +274,8 @@ class Page:
     # ---- what follows what
 
     async def _begin(self) -> None:
+        await ui.context.client.connected()
+        self.text.value = app.storage.tab.setdefault(TEXT, self.text.value)
         await self.read_text()
         await self._choose_other()
 
@@ -270,6 +285,8 @@ class Page:
         self._placing.new()
         self.writing.begin([])
         text = str(self.text.value or "")
+        if ui.context.client.has_socket_connection:
+            app.storage.tab[TEXT] = text
         try:
             seen = await self.worker.run(partial(self._look, self.transformer, text), is_wanted)
         except SupersededError:
@@ -279,10 +296,11 @@ class Page:
             self.panels.set_visibility(False)
             return
         self.panels.set_visibility(True)
-        self.seen, longest = seen, self.transformer.max_seq_len
-        is_cut = seen.num_tokens > longest
-        sentence = f"The text has {seen.num_tokens:,} tokens. The model sees its last {longest:,}, those below."
-        self.note.set_content(sentence if is_cut else "")
+        self.seen = seen
+        sentences = [f"The text has {seen.num_tokens:,} tokens. The model sees its last {self.longest:,}, those below."]
+        if len(text) >= LONGEST_TEXT:
+            sentences.append(f"The box takes {LONGEST_TEXT:,} characters: what comes after them is left out.")
+        self.note.set_content(" ".join(sentences) if seen.num_tokens > self.longest else "")
         self.writing.begin(seen.tokens)
         self.figures.set_content(self._figures(seen))
         tips = [self._tip(seen, place) for place in range(len(seen.tokens))]
@@ -320,10 +338,8 @@ class Page:
         sampler, place = Sampler(temperature, top_k, top_p), self.tokens.chosen
 
         def compute() -> tuple[list[Bar], int]:
-            logits = next_logits(self.transformer, seen.reading.hidden[place : place + 1])
-            logits = logits[:, : self.checkpoint.tokenizer.vocab_size]
-            own, changed = logits.softmax(-1)[0], sampler.probabilities(logits)[0]
-            changed = changed / changed.sum()
+            logits = next_logits(self.transformer, seen.reading.hidden[place])
+            own, changed = logits.softmax(-1), drawn_from(self.checkpoint, sampler, logits)
             likeliest = own.topk(min(NUM_BARS, len(own))).indices
             rows = zip(likeliest.tolist(), own[likeliest].tolist(), changed[likeliest].tolist(), strict=True)
             return [Bar(self._name(token), *both) for token, *both in rows], int((changed > 0).sum())
@@ -333,7 +349,9 @@ class Page:
         except SupersededError:
             return
         except InputError as error:
+            self.next_title.set_content("")
             self.next.set_content(escape(str(error)))
+            self.next_left.set_content("")
             return
         self.next_title.set_content(escape(self._after(seen, place)))
         self.next.set_content(bars(rows, "model", "drawn with", left_out="left out"))
@@ -395,13 +413,17 @@ class Page:
         start = max(0, end - MAP_TOKENS)
 
         def compute() -> tuple[Tensor, Tensor]:
-            weights = seen.reading.attention(layer)
-            return weights[:, place].cpu(), weights[:, start:end, start:end].cpu()
+            weights = seen.reading.attention(layer, start, end).cpu()
+            return weights[:, place - start], weights[:, :, start:]
 
         try:
             rows, maps = await self.worker.run(compute, self._attention.new())
         except SupersededError:
             return
+        except InputError as error:
+            self.attention_note.set_content(escape(str(error)))
+            return
+        self.attention_note.set_content("")
         self.head = min(self.head, len(maps) - 1)
         if len(self.head_buttons) != len(maps):
             self._build_heads(len(maps))
@@ -410,6 +432,9 @@ class Page:
             button.props["aria-pressed"] = "true" if number == self.head else "false"
         name, row = f"Layer {layer + 1}, head {self.head + 1}", rows[self.head].tolist()
         self.attended_title.set_content(f"{name}: what token {place + 1}, “{escape(seen.names[place])}”, attends to")
+        most = sorted(range(place + 1), key=lambda at: -row[at])[:NUM_NAMED]
+        named = ", ".join(f"“{seen.names[at]}” (token {at + 1}) {percent(row[at])}" for at in most)
+        self.attended_most.set_content(escape(f"Most to {named}."))
         self.attended.set_content(shaded(seen.names[: place + 1], row[: place + 1]))
         is_cut = len(seen.tokens) > MAP_TOKENS
         self.map_title.set_content(f"{name}: {f'tokens {start + 1} to {end}' if is_cut else 'every token'}")
@@ -446,16 +471,20 @@ class Page:
             return
 
         def compute() -> str:
-            theirs = self._look(other.transformer, seen.text)
-            pairs = ((self.checkpoint.model, seen), (other, theirs))
+            if self.theirs is None or self.theirs[0] is not other or self.theirs[1] is not seen:
+                self.theirs = other, seen, self._look(other.transformer, seen.text)
+            theirs = self.theirs[2]
+            there = place - len(seen.tokens) + len(theirs.tokens)  # both see the end of the text
+            check(there >= 0, f"{other.name} sees the last {len(theirs.tokens)} tokens alone, and not the chosen one")
+            looks = ((self.checkpoint.model, seen, place), (other, theirs, there))
             ours, others = (
-                next_logits(model.transformer, found.reading.hidden[place]).softmax(-1) for model, found in pairs
+                next_logits(model.transformer, found.reading.hidden[at]).softmax(-1) for model, found, at in looks
             )
             size = min(NUM_BARS, self.vocab_size) // 2
             both = [*ours.topk(size).indices.tolist(), *others.topk(size).indices.tolist()]
             rows = [Bar(self._name(id), others[id].item(), ours[id].item()) for id in dict.fromkeys(both)]
             rows.sort(key=attrgetter("second"), reverse=True)
-            texts = [self._told(model.name, found, place) for model, found in pairs]
+            texts = [self._told(model.name, found, at) for model, found, at in looks]
             title = f"<h3>{escape(self._after(seen, place))}</h3>"
             return "".join(texts) + title + bars(rows, other.name, self.checkpoint.model.name)
 
@@ -467,6 +496,7 @@ class Page:
             self.other_note.set_content(escape(str(error)))
             self.compared.set_content("")
             return
+        self.other_note.set_content("")
         self.compared.set_content(compared)
 
     def _told(self, name: str, seen: Seen, place: int) -> str:

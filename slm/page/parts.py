@@ -8,9 +8,10 @@ from nicegui import ui
 from nicegui.events import GenericEventArguments
 
 MOVE_FOCUS = """(event) => {
-  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
   const tokens = [...event.currentTarget.querySelectorAll("button")];
-  if (step) tokens[tokens.indexOf(event.target) + step]?.focus();
+  const place = tokens.indexOf(event.target);
+  const next = { ArrowLeft: place - 1, ArrowRight: place + 1, Home: 0, End: tokens.length - 1 }[event.key];
+  if (next !== undefined) { tokens[next]?.focus(); event.preventDefault(); }
 }"""
 """The one thing that a browser must do by itself, since a focus that moves with a delay is none to work with."""
 

@@ -3,21 +3,52 @@
 from functools import partial
 
 from nicegui import app, ui
+from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from slm.page.checkpoints import Checkpoint
 from slm.page.page import Page
 from slm.page.worker import Worker
 
+SECONDS_TO_COME_BACK = 120.0
+"""So long a window of the browser keeps what it shows when it does not answer, as where the machine is busy."""
+
+
+class OnlyOwnPages:
+    """Refuses what a page of another site asks for: browsers name it in each request that it makes.
+
+    Args:
+        app: what answers the others.
+        origins: of own pages.
+    """
+
+    def __init__(self, app: ASGIApp, origins: list[str]) -> None:
+        self._app, self._origins = app, origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        origin = Headers(scope=scope).get("origin") if scope["type"] in ("http", "websocket") else None
+        if origin is None or origin in self._origins:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await WebSocketClose(reason="another site")(scope, receive, send)
+        else:
+            await PlainTextResponse("another site", 403)(scope, receive, send)
+
 
 def serve(checkpoint: Checkpoint, host: str, port: int, show: bool) -> None:
     """Serve the page until the process is told to end.
 
-    A page of another site may not be read through it: requests must name this machine.
+    A page of another site may not be read through it: requests must name this machine, and come from the page itself.
     """
     worker = Worker()
     worker.interrupt(checkpoint.model.transformer)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "localhost"])
+    hosts = [host, "localhost"]
+    app.add_middleware(OnlyOwnPages, origins=[f"http://{name}:{port}" for name in hosts])
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     ui.run(  # assets are the package's own, and nothing is sent anywhere
         partial(Page, checkpoint, worker),
         host=host,
@@ -31,4 +62,5 @@ def serve(checkpoint: Checkpoint, host: str, port: int, show: bool) -> None:
         show_welcome_message=False,
         tailwind=False,
         binding_refresh_interval=None,
+        reconnect_timeout=SECONDS_TO_COME_BACK,
     )

@@ -1,42 +1,28 @@
 """The panel in which the model writes, one token after another, and in which one goes another way."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from html import escape
 
-import torch
 from nicegui import ui
-from torch import Tensor
+from nicegui.events import GenericEventArguments
 
 from slm.errors import InputError
-from slm.model.sampling import Sampler, decode
 from slm.page.checkpoints import Checkpoint
+from slm.page.continuation import Choice, Continuation, Place, Settings
 from slm.page.drawing import percent
 from slm.page.names import visible
 from slm.page.parts import Tokens, action, note, panel, tag
 from slm.page.worker import Latest, SupersededError, Worker
 
-ALTERNATIVES = 10
 MOST_TOKENS = 400
 """Where it stops by itself: more would be more than one reads."""
-PAUSE = 0.02
-"""Seconds between tokens, in which the browser draws."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A token that was written.
-
-    Attributes:
-        token: its id.
-        alternatives: the likeliest tokens there, each with the model's probability and with the one that was drawn
-            from; `token` is one of them.
-    """
-
-    token: int
-    alternatives: dict[int, tuple[float, float]]
+PAUSE, LONGER_PAUSE = 0.02, 0.5
+"""Seconds between tokens, in which the browser draws; and between looks whether a browser is back."""
+EMIT_CHOICE = "(event) => emit(event.currentTarget.dataset.place, event.currentTarget.dataset.token)"
+"""What was seen when it was clicked: meanwhile the server may have put other alternatives there."""
 
 
 class Writing:
@@ -45,7 +31,7 @@ class Writing:
     Args:
         checkpoint: whose model writes.
         worker: where it computes.
-        settings: gives temperature, top-k (None for all) and top-p, as they are when a token is chosen.
+        settings: gives temperature, top-k and top-p as they are when a token is asked for.
         share: how strong the colour of a token with a probability is, from 0 to 1.
     """
 
@@ -53,18 +39,17 @@ class Writing:
         self,
         checkpoint: Checkpoint,
         worker: Worker,
-        settings: Callable[[], tuple[float, int | None, float]],
+        settings: Callable[[], Settings],
         share: Callable[[float], float],
     ) -> None:
         self._checkpoint, self._worker, self._settings, self._share = checkpoint, worker, settings, share
+        self._continuation = Continuation(checkpoint, worker.check)
         self._prompt: list[int] = []
         self._written: list[Choice] = []
-        self._steps: Iterator[Tensor] | None = None
-        self._last_choice: Choice | None = None
         self._turn = Latest()
-        title = "Let it write"
+        self._client = ui.context.client
         with panel(
-            title,
+            "Let it write",
             "The model goes on from your text: it draws a token, reads it, and draws the next, with temperature, top-k "
             "and top-p as they are set above. The same seed draws the same text.",
             "Choose a written token to see what else could have stood there. Choose an alternative, and the text goes "
@@ -82,8 +67,9 @@ class Writing:
             self._heading = tag("h3")
             self._choices = ui.element("div").classes("choices").props("role=group")
             self._choices.props["aria-label"] = "alternatives"
+            self._buttons: list[ui.html] = []
         self._mark_running(False)
-        ui.context.client.on_disconnect(self.stop)
+        self._client.on_delete(self.stop)
 
     def begin(self, prompt: list[int]) -> None:
         """Forget what was written; from here on it goes on from another prompt, the ids of tokens."""
@@ -91,11 +77,13 @@ class Writing:
         self._start_over()
 
     async def run(self) -> None:
-        """Write until it is told to stop, the text ends, or there is enough."""
+        """Write until it is told to stop, the text ends, or there is enough; it rests while no browser listens."""
         is_wanted = self._turn.new()
         self._mark_running(True)
         while is_wanted() and await self._write_one(is_wanted):
             await asyncio.sleep(PAUSE)
+            while is_wanted() and not self._client.has_socket_connection:
+                await asyncio.sleep(LONGER_PAUSE)
         if is_wanted():
             self._mark_running(False)
 
@@ -116,14 +104,15 @@ class Writing:
 
     def _cut(self, length: int) -> None:
         del self._written[length:]
-        self._steps = None
         self._tokens.cut(length)
-        self._heading.set_content("")
-        self._choices.clear()
+        if not length:
+            self._heading.set_content("")
+            self._choices.clear()
+            self._buttons = []
 
     def _mark_running(self, is_running: bool) -> None:
         for button, is_off in ((self._start, is_running), (self._stop, not is_running)):
-            button.props["disabled"] = is_off
+            button.props["aria-disabled"] = "true" if is_off else "false"  # a disabled one would lose the focus
 
     async def _write_one(self, is_wanted: Callable[[], bool]) -> bool:
         """Write a token; returns whether there is more to write."""
@@ -132,10 +121,11 @@ class Writing:
             return False
         if not self._prompt:
             return False
+        written = tuple(choice.token for choice in self._written)
+        place = Place(tuple(self._prompt), written, int(self._seed.value or 0))
         try:
-            choice = await self._worker.run(self._next, is_wanted)
+            choice = await self._worker.run(partial(self._continuation.next, place, self._settings()), is_wanted)
         except SupersededError:
-            self._steps = None  # one step may have been taken that is not shown
             return False
         except InputError as error:
             self._note.set_content(escape(str(error)))
@@ -147,37 +137,11 @@ class Writing:
         self._note.set_content("")
         return True
 
-    def _next(self) -> Choice:
-        if self._steps is None:
-            seed = int(self._seed.value or 0)
-            self._sampler = Sampler(seed=seed)
-            ids = [*self._prompt, *(choice.token for choice in self._written)]
-            transformer = self._checkpoint.model.transformer
-            tokens = torch.tensor([ids], device=transformer.output_weight.device)
-            for _ in self._written:  # each has a random number of its own, so that a seed always writes the same
-                self._sampler(torch.zeros(1, 2, device=tokens.device))
-            self._steps = decode(transformer, tokens, self._choose)
-        next(self._steps)
-        assert self._last_choice is not None
-        return self._last_choice
-
-    def _choose(self, logits: Tensor) -> Tensor:
-        logits = logits[:, : self._checkpoint.tokenizer.vocab_size].float()
-        self._sampler.temperature, self._sampler.top_k, self._sampler.top_p = self._settings()
-        chosen = self._sampler(logits)
-        own, drawn_from = logits.softmax(-1)[0], self._sampler.probabilities(logits)[0]
-        drawn_from = drawn_from / drawn_from.sum()
-        likeliest = own.topk(min(ALTERNATIVES, len(own))).indices.tolist()
-        token = int(chosen)
-        shown = likeliest if token in likeliest else [*likeliest[:-1], token]
-        self._last_choice = Choice(token, {id: (own[id].item(), drawn_from[id].item()) for id in shown})
-        return chosen
-
     def _show(self, choice: Choice) -> None:
         self._written.append(choice)
         name = visible(self._checkpoint.tokenizer, choice.token)
-        own, drawn_from = choice.alternatives[choice.token]
-        said = f"the model's probability {percent(own)}, drawn with {percent(drawn_from)}"
+        own, drawn = choice.alternatives[choice.token]
+        said = f"the model's probability {percent(own)}, drawn with {percent(drawn)}"
         tip = f"“{name}” · token {choice.token} · {said}"
         self._tokens.add(name, tip, self._share(own))
         self._show_alternatives(len(self._written) - 1)
@@ -186,19 +150,24 @@ class Writing:
         self._tokens.choose(place)
         choice = self._written[place]
         self._heading.set_content(f"What could stand at place {place + 1}")
-        self._choices.clear()
         with self._choices:
-            for token, (own, drawn_from) in choice.alternatives.items():
-                name, is_there = visible(self._checkpoint.tokenizer, token), token == choice.token
+            while len(self._buttons) < len(choice.alternatives):
                 button = tag("button", classes="choice").props("type=button")
-                button.set_content(f"<span class=name>{escape(name)}</span><small>{percent(own)}</small>")
-                said = "stands there" if is_there else "choose it to go on from there"
-                button.props["aria-label"] = f"“{name}”, {percent(own)}, drawn with {percent(drawn_from)}: {said}"
-                button.props["aria-current"] = "true" if is_there else "false"
-                button.on("click", partial(self._go_another_way, place, token), args=[])
+                button.on("click", self._go_another_way, js_handler=EMIT_CHOICE)
+                self._buttons.append(button)
+        for button, (token, (own, drawn)) in zip(self._buttons, choice.alternatives.items(), strict=True):
+            name, is_there = visible(self._checkpoint.tokenizer, token), token == choice.token
+            button.set_content(f"<span class=name>{escape(name)}</span><small>{percent(own)}</small>")
+            said = "stands there; choose it to write on from there" if is_there else "choose it to go on from there"
+            button.props["aria-label"] = f"“{name}”, {percent(own)}, drawn with {percent(drawn)}: {said}"
+            button.props["aria-current"] = "true" if is_there else "false"
+            button.props["data-place"], button.props["data-token"] = place, token
 
-    async def _go_another_way(self, place: int, token: int) -> None:
+    async def _go_another_way(self, event: GenericEventArguments) -> None:
         """Put another token at a place, cut what comes after it, and go on."""
+        place, token = map(int, event.args)
+        if place >= len(self._written) or token not in self._written[place].alternatives:
+            return  # of a text that is no longer there
         self.stop()
         choice = replace(self._written[place], token=token)
         self._cut(place)

@@ -49,10 +49,11 @@ def restore_network(path: Path, content: dict[str, Any]) -> Transformer:
 
 
 def first_network(path: Path, content: dict[str, Any], seed: int) -> Transformer:
-    """The network of a checkpoint as its run began with it, in eval mode: its weights are drawn once more.
+    """The network of a checkpoint before any training, in eval mode: its weights are drawn anew.
 
     Args:
-        seed: `seed_everything` of the run, from which it has the very same weights with the same version of torch.
+        seed: with that of the run, and the same version of torch, they are those that the run began with, unless it
+            began with the weights of a file.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
