@@ -101,14 +101,13 @@ class Writing:
         self.stop()
         self._cut(0)
         self._note.set_content("")
+        self._heading.set_content("")
+        self._choices.clear()
+        self._buttons = []
 
     def _cut(self, length: int) -> None:
         del self._written[length:]
         self._tokens.cut(length)
-        if not length:
-            self._heading.set_content("")
-            self._choices.clear()
-            self._buttons = []
 
     def _mark_running(self, is_running: bool) -> None:
         for button, is_off in ((self._start, is_running), (self._stop, not is_running)):
