@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from slm.command.exit_codes import ends_in_one_line
+from slm.command.exit_codes import ends_in_one_line, python_name
 from slm.command.flags import new_parser, parse_flags
 from slm.messages import say, silence_notices
 from slm.research.runs import best_first, draw, group_table, read_runs, table
@@ -24,7 +24,8 @@ def show(runs: Path = RUNS, figure: Path | None = None) -> None:
         draw(found, figure)
     print(table(found) if figure is None else group_table(found))
     if (best := best_first(found)[0]).best_step is not None:
-        say(f"look inside the best with python -m slm.look --ckpt_path {shlex.quote(str(best.path))}")
+        command = [python_name(), "-m", "slm.look", "--ckpt_path", str(best.path)]
+        say(f"look inside the best with {shlex.join(command)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

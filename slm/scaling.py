@@ -58,14 +58,14 @@ class Ladder:
 
     def __post_init__(self) -> None:
         for name, values in (("embed_dims", self.embed_dims), ("tokens", self.tokens)):
-            check(len(set(values)) >= 3, f"{name}={list(values)}: a law is seen in three values or more")
+            check(len(set(values)) >= 3, f"{name}={list(values)}: a law is seen in three different values or more")
         odd = [dim for dim in self.embed_dims if dim < 1 or (dim > HEAD_DIM and dim % HEAD_DIM)]
         check(not odd, f"embed_dims={odd}: a head has {HEAD_DIM} values, give multiples of that")
 
     def points(self, flags: Flags) -> dict[tuple[int, int], Point]:
         """By size and tokens, the cheapest first; the largest on the most tokens is last."""
-        several = [name for name, values in flags if len(values) > 1]
-        check(not several, f"{several}: the ladder takes one value of each flag")
+        several = [f"{name} {' '.join(values)}" for name, values in flags if len(values) > 1]
+        check(not several, f"{several and several[0]}: the ladder takes one value of each flag")
         [base] = grid(flags)
         taken = [name for name, _ in flags if name.removeprefix("--") in self._flags(1, 1).keys() | VARIED]
         check(not taken, f"{', '.join(taken)}: the ladder sets that, leave it out")
@@ -194,7 +194,12 @@ def climb(ladder: Ladder, flags: Flags) -> None:
 
     figure = folder.runs / "law.png"
     limits = {"E of the law": law.law.irreducible} | ({} if last.optimum is None else {"E in truth": last.optimum})
-    drawn = law_figure([(m.parameters, m.tokens, m.loss) for m in [*models, last]], law.law.loss, limits)
+    drawn = law_figure(
+        [(m.parameters, m.tokens, m.loss) for m in [*models, last]],
+        law.law.loss,
+        limits,
+        (prediction.loss, prediction.low, prediction.high),
+    )
     with replacing(figure) as content:
         drawn.savefig(content, format="png")
     say(f"the law is drawn in {figure}")
@@ -239,12 +244,19 @@ def report(models: Sequence[Reached], fitted: Fit, prediction: Prediction) -> It
     yield "| compute, FLOP | best parameters | tokens | tokens per parameter (90 %) | loss |"
     yield "|---|---|---|---|---|"
     most = FLOPS_PER_WEIGHT * last.parameters * last.tokens
-    for flops in (most / 100, most / 10, most, most * 10):
+    for flops in (most * 10 ** (step / 2) for step in range(-6, 4)):
         best = law.best_parameters(flops)
         seen = flops / FLOPS_PER_WEIGHT / best
+        if not (_is_near(best, sizes) and _is_near(seen, tokens)):
+            continue
         low, high = fitted.interval(partial(_tokens_per_parameter, flops))
         each = f"{_tokens_per_parameter(flops, law):.1f} ({low:.1f} to {high:.1f})"
         yield f"| {flops:.1e} | {best:,.0f} | {seen:,.0f} | {each} | {law.loss(best, seen):.3f} |"
+
+
+def _is_near(value: float, rungs: Sequence[int]) -> bool:
+    """Whether a value lies on a ladder, or at most a step beyond it."""
+    return rungs[0] ** 2 / rungs[1] <= value <= rungs[-1] ** 2 / rungs[-2]
 
 
 def _tokens_per_parameter(flops: float, law: Law) -> float:

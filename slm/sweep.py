@@ -7,17 +7,19 @@ several processes or machines that have its folder share the work.
 
 import contextlib
 import inspect
+import shlex
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import torch
 
 from slm.cli import train
-from slm.command.exit_codes import ends_in_one_line
+from slm.command.exit_codes import ends_in_one_line, python_name
 from slm.command.flags import new_parser, parse_flags
 from slm.command.settings import flat
 from slm.errors import InputError, Stopped, check
@@ -26,7 +28,7 @@ from slm.messages import say, silence_notices
 from slm.research.cost import COMMAND, Cost, cost_of
 from slm.research.points import Flags, Point, Points, Result, grid, key_of, runs_of, split
 from slm.research.runs import SEEDS, UNTOLD, duration, group_table, read_run
-from slm.research.search import SEED, Search, as_range, as_text
+from slm.research.search import SEED, Search, as_range, as_text, chosen_classes
 from slm.run.signals import Progress, stopped_by_signals
 
 SECONDS_TO_WAIT = 5.0
@@ -49,7 +51,7 @@ class Options:
     Args:
         trials: how many points a search tries; null trains all of them. Only a search takes ranges, as in
             `--model.learning_rate 0.0003..0.03`.
-        sampler: what chooses them, a class of optuna.samplers.
+        sampler: what chooses them, a class of optuna.samplers. TPESampler draws its first 10 at random.
         pruner: what gives up runs that are not promising, a class of optuna.pruners; NopPruner gives up none.
         dry_run: only says what it will cost.
     """
@@ -61,6 +63,11 @@ class Options:
 
     def __post_init__(self) -> None:
         check(self.trials is None or self.trials >= 1, f"trials={self.trials} must be at least 1")
+        if self.trials is None:
+            usual = {field.name: field.default for field in fields(self)}
+            for name in ("sampler", "pruner"):
+                value = getattr(self, name)
+                check(value == usual[name], f"{name}={value}: only a search has one, add --trials N")
 
 
 def sweep(flags: Flags, options: Options) -> int:
@@ -77,7 +84,8 @@ def sweep(flags: Flags, options: Options) -> int:
         results, num_failed = search.run(), search.num_failed
     if results:
         print(group_table([read_run(result.run) for result in results]))
-        say(f"see them with python -m slm.runs {folder.runs} --figure {folder.runs / 'sweep.png'}")
+        command = [python_name(), "-m", "slm.runs", str(folder.runs), "--figure", str(folder.runs / "sweep.png")]
+        say(f"see them with {shlex.join(command)}")
     return num_failed
 
 
@@ -108,7 +116,7 @@ def train_all(folder: Points, points: Mapping[str, Point]) -> tuple[list[Result]
                 results[key] = found
         if len(results) + len(failed) == num_done:
             if not is_waiting:
-                say(f"{len(left)} of {len(points)} are trained by other processes: waiting for them")
+                say(f"waiting for other processes, which train {len(left)} of {len(points)}")
             is_waiting = True
             time.sleep(SECONDS_TO_WAIT)
     return [results[key] for key in points if key in results], len(failed)
@@ -125,7 +133,7 @@ def cost_table(points: Sequence[Point]) -> str:
         rows.append(f"| {len(group)} | {group[0]} | {_facts(cost)} |")
         seconds += len(group) * (cost.seconds + SECONDS_TO_START)
     ended = f", {len(keyed) - len(left)} others have ended" if len(left) < len(keyed) else ""
-    return "\n".join([*rows, "", f"{len(left)} runs: {duration(seconds)} in one process{_about()}{ended}"])
+    return "\n".join([*rows, "", f"{_runs(len(left))}: {duration(seconds)} in one process{_about()}{ended}"])
 
 
 def search_cost(flags: Flags, num_trials: int) -> str:
@@ -137,7 +145,7 @@ def search_cost(flags: Flags, num_trials: int) -> str:
     low, high = (
         duration(num_runs * (seconds + SECONDS_TO_START)) for seconds in sorted(cost.seconds for cost in costs)
     )
-    total = f"{num_runs} runs: {low} to {high} in one process, less what is given up early{_about()}"
+    total = f"{_runs(num_runs)}: {low} to {high} in one process, less what is given up early{_about()}"
     return "\n".join([*COST_HEADER, *rows, "", total])
 
 
@@ -153,6 +161,10 @@ def alike(points: Sequence[Point]) -> list[list[Point]]:
 
 def _facts(cost: Cost) -> str:
     return f"{cost.parameters:,} | {cost.steps:,} | {cost.milliseconds:.0f} | {duration(cost.seconds)}"
+
+
+def _runs(number: int) -> str:
+    return "1 run" if number == 1 else f"{number} runs"
 
 
 def _about() -> str:
@@ -183,9 +195,22 @@ def options_and_flags(module: str, kind: type[_Options], argv: Sequence[str]) ->
     own = [f"{name}={_as_one(values)}" for name, values in flags if name in names]
     options = kind(**vars(parse_flags(parser, [*own, *(name for name, _ in flags if name in HELP)])))
     others = [(name, values) for name, values in flags if name not in names]
+    for name, values in flags:
+        twice = [value for value, count in Counter(values).items() if count > 1]
+        check(not twice, f"{name} {twice and twice[0]}: it is given twice, leave one out")
+        has_no_effect = name.removeprefix("--").startswith(UNTOLD)
+        what = "it changes nothing in what a run reaches"
+        check(len(values) < 2 or not has_no_effect, f"{name} {' '.join(values)}: {what}, give one value")
     for name in ("--ckpt_path", "--print_config"):
         check(name not in dict(others), f"{name}: only new runs are trained here, leave it out")
     return options, [*others, ("--trainer.enable_progress_bar", ["false"])]
+
+
+def check_seeds(flags: Flags) -> None:
+    """Raise InputError where a range of seeds is given: the best of a search in it would be the luckiest."""
+    for name, values in flags:
+        is_range = name in (SEED, "--data.seed") and as_range(values) is not None
+        check(not is_range, f"{name} {values and values[0]}: a seed has no range, give seeds one by one: {name} 0 1 2")
 
 
 def _as_one(values: Sequence[str]) -> str:
@@ -216,8 +241,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         options, flags = options_and_flags("sweep", Options, given)
         is_search = options.trials is not None
         ranges = [f"{name} {values[0]}" for name, values in flags if as_range(values)]
+        check_seeds(flags)
         check(is_search or not ranges, f"{ranges and ranges[0]}: only a search chooses in a range, add --trials N")
         if options.dry_run:
+            if is_search:
+                chosen_classes(options.sampler, options.pruner)
             print(search_cost(flags, options.trials or 0) if is_search else cost_table(grid(flags)))
             return
         with stopping_goes_on():

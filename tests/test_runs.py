@@ -1,6 +1,7 @@
 """Runs stand side by side, the best first, with what they reached, took, and differ in."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_a_run_that_cannot_be_read_is_left_out_and_named(slm: Run, capsys: pytes
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 3
     first, second, page = err.splitlines()
-    assert page == "look inside the best with python -m slm.look --ckpt_path runs/version_0"
+    assert page == f"look inside the best with {sys.orig_argv[0]} -m slm.look --ckpt_path runs/version_0"
     assert first.startswith("left out: runs/version_1/config.yaml: embed_dim=3 is not divisible by num_heads=4")
     assert second.startswith("left out: runs/version_2/config.yaml is not valid YAML")
 

@@ -82,10 +82,13 @@ def test_too_few_points_are_refused() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--embed_dims", "16", "32"], "embed_dims=[16, 32]: a law is seen in three values or more"),
+        (["--embed_dims", "16", "32"], "embed_dims=[16, 32]: a law is seen in three different values or more"),
         (["--embed_dims", "16", "20", "32"], "embed_dims=[20]: a head has 8 values, give multiples of that"),
         (["--tokens", "100", "8000", "9000"], "tokens=100 are 0 batches of 256: give more"),
-        (["--model.learning_rate", "0.1", "0.2"], "the ladder takes one value of each flag"),
+        (
+            ["--model.learning_rate", "0.1", "0.2"],
+            "--model.learning_rate 0.1 0.2: the ladder takes one",
+        ),
         (["--model.hidden_dim=7"], "--model.hidden_dim: the ladder sets that"),
         (
             ["--trainer.max_steps=7", "--model.embed_dim=8"],

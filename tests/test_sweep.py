@@ -20,6 +20,7 @@ from slm.research.points import Points, grid, split
 from slm.research.runs import read_run
 from slm.research.search import Range, as_range
 from slm.run.checkpoint import read_checkpoint
+from slm.run.folder import hold
 from slm.sweep import main
 
 SMALL = [*SMALL_FLAGS, *UNSHOWN, "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
@@ -40,6 +41,16 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
     while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
+
+
+def wait_until_let_go(run: Path) -> None:
+    """Wait until no process trains a run."""
+    while True:
+        try:
+            hold(run).close()
+            return
+        except InputError:
+            time.sleep(0.05)
 
 
 def told(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -85,11 +96,19 @@ def test_a_range_is_whole_or_not_and_logarithmic_if_it_is_wide() -> None:
         (["--ckpt_path=last"], "--ckpt_path: only new runs are trained here, leave it out"),
         (["--model.embed_dim", "16", "31"], "embed_dim=31 is not divisible by num_heads="),
         (["--model.embed_dims", "16", "32"], "unknown setting model.embed_dims"),
+        (["--model.learning_rate", "0.001", "0.001"], "--model.learning_rate 0.001: it is given twice, leave one out"),
+        (["--trainer.default_root_dir", "a", "b"], "--trainer.default_root_dir a b: it changes nothing in what a run"),
+        (["--seed_everything", "0..9"], "--seed_everything 0..9: a seed has no range, give seeds one by one"),
+        (["--pruner=NopPruner"], "pruner=NopPruner: only a search has one, add --trials N"),
         (["--model.learning_rate", "0.001..0.1"], "only a search chooses in a range, add --trials N"),
         (["--trials=0"], "trials=0 must be at least 1"),
         (["--trials=3"], "nothing is searched"),
-        (["--trials=3", "--data.seed", "0..9"], "--data.seed: a search in a seed finds the luckiest"),
-        (["--trials=3", "--model.num_layers", "1..3", "--sampler=Best"], "sampler=Best: Optuna has"),
+        (["--trials=3", "--data.seed", "0..9"], "--data.seed 0..9: a seed has no range"),
+        (["--trials=3", "--model.num_layers", "1..3", "--sampler=Best"], "sampler=Best: give one of"),
+        (
+            ["--trials=3", "--model.num_layers", "1..3", "--sampler=GridSampler", "--dry_run"],
+            "sampler=GridSampler: give",
+        ),
         (
             ["--trials=3", "--model.num_layers", "1..3", "--pruner=ThresholdPruner"],
             "ThresholdPruner cannot be used here",
@@ -167,8 +186,10 @@ def test_a_search_takes_the_mean_over_seeds_and_goes_on_where_it_was_stopped(wor
     argv += ["--model.learning_rate", "0.001..0.1", "--model.num_layers", "1..2", "--seed_everything", "0", "1"]
     first = start(*argv, "--trials=2")
     wait_for(lambda: (RUNS / "version_2/checkpoints/last.ckpt").is_file(), first)
-    first.kill()  # its child trains on
+    first.kill()
     first.communicate()
+    wait_until_let_go(RUNS / "version_2")  # its child ends too, long before 120 epochs
+    assert read_checkpoint(RUNS / "version_2/checkpoints/last.ckpt")["global_step"] < 120 * 4
     assert run_command("-m", "slm.sweep", *argv, "--trials=2", cwd=workdir).returncode == 0
     assert run_command("-m", "slm.sweep", *argv, "--trials=3", cwd=workdir).returncode == 0
     storage = optuna.storages.journal.JournalFileBackend("runs/sweep/study.journal")
@@ -227,7 +248,7 @@ def test_a_search_gives_up_what_is_not_promising(workdir: Path, capsys: pytest.C
     argv = [*SMALL, "--trainer.max_epochs=400", "--pruner=PercentilePruner"]
     with pytest.raises(SystemExit):
         main([*argv, "--trials=2", "--model.num_layers", "1..3"])
-    assert "PercentilePruner cannot be used here" in capsys.readouterr().err
+    assert "pruner=PercentilePruner: give one of" in capsys.readouterr().err
     code = (
         "import optuna\nfrom slm.sweep import main\n"
         "class Never(optuna.pruners.BasePruner):\n"

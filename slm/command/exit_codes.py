@@ -74,6 +74,11 @@ def command_name() -> str:
     return shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1])
 
 
+def python_name() -> str:
+    """The Python that runs this process, as its user typed it."""
+    return sys.orig_argv[0]
+
+
 def _leave_with_traceback() -> None:
     """Leave for the error that is being handled, where a process group is there; else it is for Python to show."""
     if _has_process_group():

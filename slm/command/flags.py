@@ -54,7 +54,7 @@ def explain_parser_error(message: str, known: Mapping[str, str], argv: Sequence[
         near = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name, known, n=1, cutoff=0)
         return f"unknown setting {name}; the nearest known one is {near[0]}"
     detail = message[message.rindex("Parser key") :] if keys else message
-    value = re.search(r"(?:Got|Given) value: (.+)", detail)
+    value = re.search(r"(?:Got|Given) value: ?(.*)", detail)
     if not (keys and value):
         return " ".join(re.sub('Parser key "(.+?)"', r"\1", message).split())
     if "dot import path" in detail:

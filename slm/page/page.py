@@ -354,7 +354,7 @@ class Page:
             self.next_left.set_content("")
             return
         self.next_title.set_content(escape(self._after(seen, place)))
-        self.next.set_content(bars(rows, "model", "drawn with", left_out="left out"))
+        self.next.set_content(bars(rows, "model", "drawn", left_out="left out"))
         tokens = "1 token" if num_left == 1 else f"{num_left:,} tokens"
         self.next_left.set_content(f"{tokens} of {self.checkpoint.tokenizer.vocab_size:,} can be drawn.")
 

@@ -112,7 +112,8 @@ class Points:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{self.folder} cannot be made: {error.strerror}; permit it") from error
+            remedy = "give another --trainer.default_root_dir"
+            raise InputError(f"{self.folder} cannot be made: {error.strerror}; {remedy}") from error
 
     def key(self, point: Point) -> str:
         """A point's name, of its settings and its data; raises InputError where its command line cannot be used."""
@@ -195,12 +196,12 @@ class Points:
         self, job: str, point: Point, said: IO[str], is_hopeless: Callable[[Path], bool] | None
     ) -> tuple[int, bool]:
         """The exit status of a point's command, and whether it was stopped as hopeless."""
-        command = [sys.executable, "-m", "slm.cli", *point.argv]
+        command = [sys.executable, "-m", "slm.research.child", *point.argv]
         # a session of its own, so that Ctrl-C reaches it through us alone: a second one would not let it save
         others = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_LAUNCHER)}
         child = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=said,
             stderr=said,
             env={**others, NAME: job},

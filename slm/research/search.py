@@ -5,11 +5,13 @@ trial that was stopped goes on where it was.
 """
 
 import contextlib
+import inspect
 import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +25,8 @@ from slm.watch.tensorboard import read_curves
 
 SEED = "--seed_everything"
 RANGE = re.compile(r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)\.\.(-?\d+(?:\.\d+)?(?:e-?\d+)?)", re.IGNORECASE)
+OF_ONE_SEQUENCE = ("QMCSampler",)
+"""Samplers whose trials belong together, so that all have one seed."""
 LOGARITHMIC = 10
 """A range is searched in its logarithm if its ends differ by so many times."""
 SECONDS_TO_WAIT = 2.0
@@ -78,14 +82,12 @@ class Search:
         self.num_failed = 0
         self._ranges = {name: found for name, values in flags if (found := as_range(values))}
         self._choices = {name: list(values) for name, values in flags if len(values) > 1 and name != SEED}
-        seeds = [name for name in self._ranges if name in (SEED, "--data.seed")]
-        check(not seeds, f"{seeds and seeds[0]}: a search in a seed finds the luckiest, give its values one by one")
         check(
             bool(self._ranges or self._choices),
             "nothing is searched: give a flag several values, or a range like --model.learning_rate 0.0003..0.03",
         )
         self._optuna = optuna = _optuna()
-        self._sampler = _class_of(optuna.samplers, "sampler", sampler)
+        self._sampler, made_pruner = chosen_classes(sampler, pruner)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         journal = optuna.storages.journal.JournalFileBackend(str(points.folder / "study.journal"))
         self._name = key_of({"flags": [[name, list(values)] for name, values in flags]})
@@ -93,7 +95,7 @@ class Search:
         self._study = optuna.create_study(
             storage=self._storage,
             study_name=self._name,
-            pruner=_made(_class_of(optuna.pruners, "pruner", pruner)),
+            pruner=made_pruner,
             load_if_exists=True,
         )
 
@@ -109,7 +111,7 @@ class Search:
                 self.num_failed += told.get("state") == self._optuna.trial.TrialState.FAIL
         states = self._optuna.trial.TrialState
         if running := self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-            say(f"{len(running)} trials are still trained by other processes")
+            say(f"trials that other processes still train: {len(running)}")
         complete = self._study.get_trials(deepcopy=False, states=(states.COMPLETE,))
         if complete:
             best, given_up = self._study.best_trial, self._study.get_trials(deepcopy=False, states=(states.PRUNED,))
@@ -145,7 +147,9 @@ class Search:
 
     def _sample_for(self, number: int) -> None:
         """Let what is drawn for a trial not depend on the process that draws it."""
-        self._study.sampler = _made(self._sampler, seed=number)
+        of_sequence = 0 if self._sampler.__name__ in OF_ONE_SEQUENCE else number
+        digest = blake2b(f"{self._name} {of_sequence}".encode(), digest_size=4).digest()
+        self._study.sampler = _made(self._sampler, seed=int.from_bytes(digest, "big"))
 
     def _chosen(self, trial: Any) -> Any:
         """A trial with a value for each flag; one that was stopped keeps those that it has."""
@@ -212,14 +216,29 @@ def _optuna() -> ModuleType:
     return optuna
 
 
+def chosen_classes(sampler: str, pruner: str) -> tuple[Any, Any]:
+    """The class of a sampler, and a pruner; raises InputError where Optuna has none of that name, or cannot make it."""
+    optuna = _optuna()
+    kind = _class_of(optuna.samplers, "sampler", sampler)
+    _made(kind, seed=0)
+    return kind, _made(_class_of(optuna.pruners, "pruner", pruner))
+
+
 def _class_of(module: ModuleType, setting: str, name: str) -> Any:
-    known = [kind for kind in dir(module) if kind.endswith(setting.capitalize()) and not kind.startswith("Base")]
-    check(name in known, f"{setting}={name}: Optuna has {', '.join(known)}")
-    return getattr(module, name)
+    kinds = {kind: getattr(module, kind) for kind in dir(module) if kind.endswith(setting.capitalize())}
+    known = [kind for kind in kinds if not kind.startswith("Base") and not _needs_options(kinds[kind])]
+    check(name in known, f"{setting}={name}: give one of {', '.join(known)}")
+    return kinds[name]
+
+
+def _needs_options(kind: Any) -> bool:
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return any(parameter.default is parameter.empty and parameter.kind in kinds for parameter in parameters)
 
 
 def _made(kind: Any, **options: Any) -> Any:
     try:
         return kind(**options)
     except (TypeError, ValueError, ImportError) as error:
-        raise InputError(f"{kind.__name__} cannot be used here: {error}") from error
+        raise InputError(f"{kind.__name__} cannot be used here: {error}; give another") from error

@@ -16,6 +16,7 @@ from slm.errors import InputError
 from slm.hardware import describe
 from slm.messages import say
 from slm.run.lightning_internals import close_bars
+from slm.run.resume import is_fitting
 from slm.training.language_model import LanguageModel
 from slm.training.optimizers import num_steps
 from slm.training.step import is_logged
@@ -173,6 +174,11 @@ class StepMonitor(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_clock()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the tokens beside the loss too, where the step did not."""
+        if is_fitting(trainer) and not is_logged(trainer, trainer.global_step):
+            pl_module.log("train/tokens", float(self._all_tokens), sync_dist=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._stop_clock()

@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+INK = "#3c4043"
+"""Of what is no run's, since runs have all other colours."""
 LONGEST_NAME = 90
 """In a legend, in letters."""
 HEADS_IN_A_ROW = 2
@@ -63,6 +66,7 @@ def groups_figure(curves: Mapping[str, Sequence[tuple[int, Sequence[float]]]], o
     figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel="optimizer steps", ylabel="validation loss, nats per token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#e3e5e8")
     axes.spines[["top", "right"]].set_visible(False)
     for name, points in curves.items():
@@ -73,13 +77,16 @@ def groups_figure(curves: Mapping[str, Sequence[tuple[int, Sequence[float]]]], o
         low, high = [min(values) for values in losses], [max(values) for values in losses]
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     if optimum is not None:
-        axes.axhline(optimum, color="#188038", linestyle="--", label=f"optimum {optimum:.3f}")
+        axes.axhline(optimum, color=INK, linestyle="--", label=f"optimum {optimum:.3f}")
     figure.legend(loc="outside lower center", fontsize=8)
     return figure
 
 
 def law_figure(
-    models: Sequence[tuple[int, int, float]], law: Callable[[float, float], float], limits: Mapping[str, float]
+    models: Sequence[tuple[int, int, float]],
+    law: Callable[[float, float], float],
+    limits: Mapping[str, float],
+    foretold: tuple[float, float, float],
 ) -> Figure:
     """Losses in nats per token over the tokens that models were trained on, and what a law makes of them.
 
@@ -87,6 +94,7 @@ def law_figure(
         models: parameters, tokens and loss of each.
         law: the loss that it gives for parameters and tokens.
         limits: losses that are drawn as horizontal lines, by name.
+        foretold: what the last of the models was expected to reach, and both ends of that.
     """
     figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
     axes = figure.add_subplot()
@@ -99,8 +107,12 @@ def law_figure(
         [dots] = axes.plot(tokens, losses, "o", label=f"{size:,} parameters")
         along = [tokens[0] * (2 * most / tokens[0]) ** (step / 50) for step in range(51)]
         axes.plot(along, [law(size, t) for t in along], color=dots.get_color())
+    expected, low, high = foretold
+    ends = [[max(0.0, expected - low)], [max(0.0, high - expected)]]
+    label = f"foretold {expected:.3f}\n({low:.3f} to {high:.3f})"
+    axes.errorbar([models[-1][1]], [expected], ends, fmt="x", color=INK, capsize=4, label=label)
     for (name, limit), style in zip(limits.items(), ("--", ":"), strict=False):
-        axes.axhline(limit, color="#188038", linestyle=style, label=f"{name} {limit:.3f}")
+        axes.axhline(limit, color=INK, linestyle=style, label=f"{name} {limit:.3f}")
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
