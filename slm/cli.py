@@ -23,6 +23,7 @@ from slm.run.checkpoint import RUNS, best_checkpoint, load_weights, read_checkpo
 from slm.run.control import Control
 from slm.run.cores import gives_way
 from slm.run.folder import RunFolder
+from slm.run.job import end_with_holder
 from slm.run.processes import Processes, launched_processes
 from slm.run.sharding import give_weights
 from slm.run.signals import Progress, stopped_by_signals
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     silence_notices()
     prepare_cpu()
     with ends_in_one_line(), stopped_by_signals() as progress:
+        end_with_holder()
         processes = launched_processes()
         control = progress.control = Control(processes)
         processes.meet()

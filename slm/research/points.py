@@ -25,7 +25,7 @@ from slm.errors import InputError, Stopped, check
 from slm.research.runs import UNTOLD, compared_by, read_run
 from slm.run.checkpoint import RUNS, last_checkpoint
 from slm.run.folder import hold
-from slm.run.job import NAME, is_run_of_named_job, run_of_named_job
+from slm.run.job import HELD, NAME, is_run_of_named_job, run_of_named_job
 
 FOLDER = "sweep"
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -196,7 +196,7 @@ class Points:
         self, job: str, point: Point, said: IO[str], is_hopeless: Callable[[Path], bool] | None
     ) -> tuple[int, bool]:
         """The exit status of a point's command, and whether it was stopped as hopeless."""
-        command = [sys.executable, "-m", "slm.research.child", *point.argv]
+        command = [sys.executable, "-m", "slm.cli", *point.argv]
         # a session of its own, so that Ctrl-C reaches it through us alone: a second one would not let it save
         others = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_LAUNCHER)}
         child = subprocess.Popen(
@@ -204,7 +204,7 @@ class Points:
             stdin=subprocess.PIPE,
             stdout=said,
             stderr=said,
-            env={**others, NAME: job},
+            env={**others, NAME: job, HELD: "1"},
             start_new_session=True,
         )
         saved = 0.0

@@ -7,6 +7,7 @@ turn. `torchrun --max_restarts 3` starts all processes again when one of them fa
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,20 @@ JOB_FILE = "job"
 """In a run's folder: the job that trains it, and the arguments that it was started with."""
 NAME = "SLM_JOB"
 """The environment variable that names a job, which trains one run, whoever starts it."""
+HELD = "SLM_HELD"
+"""One that says that the process which starts a run holds its standard input open, as long as it lives itself."""
+
+
+def end_with_holder() -> None:
+    """Where `SLM_HELD` is set, end this process as SIGTERM does when the one that started it has gone."""
+    if os.environ.pop(HELD, None) is None:
+        return
+
+    def wait() -> None:
+        os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def is_slurm_job() -> bool:
