@@ -228,12 +228,12 @@ def report(models: Sequence[Reached], fitted: Fit, prediction: Prediction) -> It
     yield f"root mean square of its relative errors: {_miss(models, law):.2%}"
     if law.irreducible < 1e-3 or max(law.parameters_exponent, law.tokens_exponent) >= EXPONENTS[-1]:
         yield "the best law lies at the border of those that are possible: these losses do not follow one"
-    rows = {
+    constants = {
         "E": ("irreducible", ".3f"),
         "a": ("parameters_exponent", ".2f"),
         "b": ("tokens_exponent", ".2f"),
     }
-    for symbol, (name, style) in rows.items():
+    for symbol, (name, style) in constants.items():
         low, high = fitted.interval(operator.attrgetter(name))
         yield f"{symbol} = {getattr(law, name):{style}}, {low:{style}} to {high:{style}} in 90 % of resamplings"
     if last.optimum is not None:
@@ -241,17 +241,21 @@ def report(models: Sequence[Reached], fitted: Fit, prediction: Prediction) -> It
     error = last.loss - prediction.loss
     yield f"the largest model was predicted to reach {_around(prediction)}, and reached {last.loss:.3f} ({error:+.3f})"
     yield ""
-    yield "| compute, FLOP | best parameters | tokens | tokens per parameter (90 %) | loss |"
-    yield "|---|---|---|---|---|"
     most = FLOPS_PER_WEIGHT * last.parameters * last.tokens
+    rows = []
     for flops in (most * 10 ** (step / 2) for step in range(-6, 4)):
         best = law.best_parameters(flops)
         seen = flops / FLOPS_PER_WEIGHT / best
-        if not (_is_near(best, sizes) and _is_near(seen, tokens)):
-            continue
-        low, high = fitted.interval(partial(_tokens_per_parameter, flops))
-        each = f"{_tokens_per_parameter(flops, law):.1f} ({low:.1f} to {high:.1f})"
-        yield f"| {flops:.1e} | {best:,.0f} | {seen:,.0f} | {each} | {law.loss(best, seen):.3f} |"
+        if _is_near(best, sizes) and _is_near(seen, tokens):
+            low, high = fitted.interval(partial(_tokens_per_parameter, flops))
+            each = f"{seen / best:.1f} ({low:.1f} to {high:.1f})"
+            rows.append(f"| {flops:.1e} | {best:,.0f} | {seen:,.0f} | {each} | {law.loss(best, seen):.3f} |")
+    if not rows:
+        yield "what the law would spend compute on lies far from all that was trained: nothing is known of it"
+        return
+    yield "| compute, FLOP | best parameters | tokens | tokens per parameter (90 %) | loss |"
+    yield "|---|---|---|---|---|"
+    yield from rows
 
 
 def _is_near(value: float, rungs: Sequence[int]) -> bool:

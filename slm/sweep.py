@@ -28,7 +28,7 @@ from slm.messages import say, silence_notices
 from slm.research.cost import COMMAND, Cost, cost_of
 from slm.research.points import Flags, Point, Points, Result, grid, key_of, runs_of, split
 from slm.research.runs import SEEDS, UNTOLD, duration, group_table, read_run
-from slm.research.search import SEED, Search, as_range, as_text, chosen_classes
+from slm.research.search import DATA_SEED, SEED, Search, as_range, as_text, checked
 from slm.run.signals import Progress, stopped_by_signals
 
 SECONDS_TO_WAIT = 5.0
@@ -145,7 +145,7 @@ def search_cost(flags: Flags, num_trials: int) -> str:
     low, high = (
         duration(num_runs * (seconds + SECONDS_TO_START)) for seconds in sorted(cost.seconds for cost in costs)
     )
-    total = f"{_runs(num_runs)}: {low} to {high} in one process, less what is given up early{_about()}"
+    total = f"{_runs(num_runs)}: {low} to {high} in one process, less what is given up early or has ended{_about()}"
     return "\n".join([*COST_HEADER, *rows, "", total])
 
 
@@ -209,8 +209,8 @@ def options_and_flags(module: str, kind: type[_Options], argv: Sequence[str]) ->
 def check_seeds(flags: Flags) -> None:
     """Raise InputError where a range of seeds is given: the best of a search in it would be the luckiest."""
     for name, values in flags:
-        is_range = name in (SEED, "--data.seed") and as_range(values) is not None
-        check(not is_range, f"{name} {values and values[0]}: a seed has no range, give seeds one by one: {name} 0 1 2")
+        is_range = name in (SEED, DATA_SEED) and as_range(values) is not None
+        check(not is_range, f"{name} {values and values[0]}: a seed has no range, give seeds one by one: {SEED} 0 1 2")
 
 
 def _as_one(values: Sequence[str]) -> str:
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(is_search or not ranges, f"{ranges and ranges[0]}: only a search chooses in a range, add --trials N")
         if options.dry_run:
             if is_search:
-                chosen_classes(options.sampler, options.pruner)
+                checked(flags, options.sampler, options.pruner)
             print(search_cost(flags, options.trials or 0) if is_search else cost_table(grid(flags)))
             return
         with stopping_goes_on():

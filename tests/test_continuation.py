@@ -1,6 +1,7 @@
 """What a model goes on with on the page, from any place of it, against what `slm.generate` writes."""
 
 import math
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def never() -> None:
 def write(continuation: Continuation, place: Place, num_tokens: int, settings: Settings) -> list[int]:
     """So many tokens from a place on."""
     for _ in range(num_tokens):
-        place = place._replace(written=(*place.written, continuation.next(place, settings).token))
+        place = replace(place, written=(*place.written, continuation.next(place, settings).token))
     return list(place.written)
 
 
@@ -50,7 +51,7 @@ def test_what_is_written_is_what_generate_writes(options: dict[str, str], settin
     sampler = Sampler(*settings, seed=4)
     tokens = torch.tensor([START.prompt])
     expected = torch.cat(list(islice(decode(checkpoint.model.transformer, tokens, sampler), 30))).tolist()
-    assert write(Continuation(checkpoint, never), START._replace(seed=4), 30, settings) == expected
+    assert write(Continuation(checkpoint, never), replace(START, seed=4), 30, settings) == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"architecture": "llama"}])
@@ -63,7 +64,7 @@ def test_a_place_has_the_same_text_however_one_comes_there(
     assert len({*whole[25:]}) > 3
     continuation = Continuation(checkpoint, never)
     write(continuation, START, 30, EVEN)
-    assert write(continuation, START._replace(written=tuple(whole[:length])), 40 - length, EVEN) == whole
+    assert write(continuation, replace(START, written=tuple(whole[:length])), 40 - length, EVEN) == whole
 
 
 def test_another_token_or_seed_makes_another_text_and_a_temperature_of_0_takes_a_random_number_too(
@@ -71,29 +72,33 @@ def test_another_token_or_seed_makes_another_text_and_a_temperature_of_0_takes_a
 ) -> None:
     checkpoint = numbers_model(tmp_path / "numbers.pt")
     continuation = Continuation(checkpoint, never)
-    start = START._replace(written=tuple(write(continuation, START, 5, Settings(0.0, None, 1.0))))
+    start = replace(START, written=tuple(write(continuation, START, 5, Settings(0.0, None, 1.0))))
     text = write(continuation, start, 8, EVEN)
-    for other in (start._replace(seed=1), start._replace(written=(*start.written[:4], (start.written[4] + 1) % 20))):
+    for other in (replace(start, seed=1), replace(start, written=(*start.written[:4], (start.written[4] + 1) % 20))):
         assert write(continuation, other, 8, EVEN)[5:] != text[5:]
     assert write(Continuation(checkpoint, never), start, 8, EVEN) == text
 
 
-def test_what_was_begun_and_is_not_wanted_changes_nothing(tmp_path: Path) -> None:
-    checkpoint, is_wanted = numbers_model(tmp_path / "numbers.pt"), True
+@pytest.mark.parametrize("options", [{}, {"architecture": "llama"}])
+@pytest.mark.parametrize("length", [6, 25])
+def test_what_was_begun_and_is_not_wanted_changes_nothing(options: dict[str, str], length: int, tmp_path: Path) -> None:
+    checkpoint, is_wanted = numbers_model(tmp_path / "numbers.pt", **options), True
 
     def check() -> None:
         if not is_wanted:
             raise UnwantedError
 
-    whole = write(Continuation(checkpoint, never), START, 12, EVEN)
+    num_tokens = length + 6
+    whole = write(Continuation(checkpoint, never), START, num_tokens, EVEN)
     continuation = Continuation(checkpoint, check)
-    place = START._replace(written=tuple(write(continuation, START, 6, EVEN)))
+    place = replace(START, written=tuple(write(continuation, START, length, EVEN)))
     continuation.next(place, EVEN)  # is thrown away
-    is_wanted = False
-    with pytest.raises(UnwantedError):
-        continuation.next(place, EVEN)
-    is_wanted = True
-    assert write(continuation, place, 6, EVEN) == whole
+    for other in (place, replace(place, seed=7), START):
+        is_wanted = False
+        with pytest.raises(UnwantedError):
+            continuation.next(other, EVEN)
+        is_wanted = True
+        assert write(continuation, place, num_tokens - length, EVEN) == whole
 
 
 def test_after_an_error_it_can_be_asked_again(rhyming: Path) -> None:
@@ -101,7 +106,7 @@ def test_after_an_error_it_can_be_asked_again(rhyming: Path) -> None:
     continuation, weight = Continuation(checkpoint, never), checkpoint.model.transformer.final_norm.weight.data
     settings, kept = Settings(0.0, None, 1.0), weight.clone()
     start = Place(tuple(b"one two three f"), (), 0)
-    place = start._replace(written=tuple(write(continuation, start, 3, settings)))
+    place = replace(start, written=tuple(write(continuation, start, 3, settings)))
     weight.fill_(math.nan)
     for _ in range(2):
         with pytest.raises(InputError, match="not finite"):

@@ -207,8 +207,8 @@ def test_a_run_of_a_few_dozen_steps_has_every_curve(curves: EventAccumulator) ->
     assert tags - train - validation == {"best/val_loss"}
     for tag in train - {"train/tokens"}:
         assert [point.step for point in curves.Scalars(tag)] == [9, 19, 29, 39, 49], tag
-    tokens = {point.step: point.value for point in curves.Scalars("train/tokens")}  # also beside each validation
-    assert tokens == {step: 4 * 16 * (step + 1) for step in (9, 19, 27, 29, 39, 49, 55)}
+    tokens = [(point.step, point.value) for point in curves.Scalars("train/tokens")]  # also beside each validation
+    assert tokens == [(step, 4 * 16 * (step + 1)) for step in (9, 19, 27, 29, 39, 49, 55)]
     assert [point.value for point in curves.Scalars("lr")] == [pytest.approx(1e-3)] * 5
     losses = [point.value for point in curves.Scalars("train/loss")]
     assert losses[0] == pytest.approx(math.log(20), abs=0.1)

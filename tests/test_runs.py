@@ -113,6 +113,8 @@ def test_time_is_that_of_all_its_processes_and_tokens_go_on(slm: Run) -> None:
     run = read_run(Path("runs/version_0"))
     assert run.seconds > before > 0
     assert run.tokens() == 2 * 16 * 112
+    tokens = [step for step, _ in run.curves["train/tokens"]]
+    assert tokens == list(range(len(tokens)))  # one at each step, also where a validation is beside it
     shutil.copytree("runs/version_0", "copy")
     assert seconds_drawn(Path("copy")) == run.seconds
 

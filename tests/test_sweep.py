@@ -1,5 +1,6 @@
 """Many runs from one command line: each point is trained once, goes on exactly, and is an ordinary run."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -44,13 +45,13 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def wait_until_let_go(run: Path) -> None:
-    """Wait until no process trains a run."""
-    while True:
-        try:
+    """Wait until no process trains a run, for a minute at most."""
+    for _ in range(1200):
+        with contextlib.suppress(InputError):
             hold(run).close()
             return
-        except InputError:
-            time.sleep(0.05)
+        time.sleep(0.05)
+    raise AssertionError(f"{run} is still trained")
 
 
 def told(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -104,6 +105,11 @@ def test_a_range_is_whole_or_not_and_logarithmic_if_it_is_wide() -> None:
         (["--trials=0"], "trials=0 must be at least 1"),
         (["--trials=3"], "nothing is searched"),
         (["--trials=3", "--data.seed", "0..9"], "--data.seed 0..9: a seed has no range"),
+        (["--trials=3", "--data.seed", "0", "1"], "--data.seed: the best of a search in it would be the luckiest"),
+        (
+            ["--trials=3", "--model.num_layers", "1..3", "--sampler=BruteForceSampler"],
+            "sampler=BruteForceSampler: give",
+        ),
         (["--trials=3", "--model.num_layers", "1..3", "--sampler=Best"], "sampler=Best: give one of"),
         (
             ["--trials=3", "--model.num_layers", "1..3", "--sampler=GridSampler", "--dry_run"],
@@ -111,7 +117,7 @@ def test_a_range_is_whole_or_not_and_logarithmic_if_it_is_wide() -> None:
         ),
         (
             ["--trials=3", "--model.num_layers", "1..3", "--pruner=ThresholdPruner"],
-            "ThresholdPruner cannot be used here",
+            "pruner=ThresholdPruner: give one of",
         ),
     ],
 )
@@ -166,6 +172,25 @@ def test_two_processes_share_a_sweep_and_a_finished_point_is_not_trained_again(w
     assert again.returncode == 0
     assert " of 3: " not in again.stderr
     assert again.stdout in [out for out, _ in said]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_run_ends_with_its_sweep_and_what_another_process_trains_is_waited_for(devices: int, workdir: Path) -> None:
+    argv = [*SMALL, "--trainer.max_epochs=120", f"--trainer.devices={devices}", "--seed_everything=3"]
+    first = start(*argv)
+    wait_for(lambda: (RUNS / "version_0/checkpoints/last.ckpt").is_file(), first)
+    first.kill()
+    first.communicate()
+    wait_until_let_go(RUNS / "version_0")
+    assert read_checkpoint(RUNS / "version_0/checkpoints/last.ckpt")["global_step"] < 120 * 4
+    with hold(RUNS / "version_0"):
+        second = start(*argv)
+        assert second.stderr is not None
+        assert "waiting for other processes, which train 1 of 1" in second.stderr.readline()
+    _, said = second.communicate()
+    assert second.returncode == 0, said
+    assert [path.name for path in RUNS.glob("version_*")] == ["version_0"]
 
 
 @pytest.mark.slow

@@ -69,13 +69,13 @@ def read(network: nn.Module, tokens: Tensor) -> Reading:
 
     def note_input(block: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         if not stream:
-            stream.append((*given, *named.values())[0][0])
+            stream.append((given[0] if given else named["x"])[0])
 
     def note_output(block: nn.Module, given: tuple[Tensor, ...], x: Tensor) -> None:
         stream.append(x[0])
 
     def note_attention(layer: CausalSelfAttention, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        inputs.append((layer, (*given, *named.values())[0]))
+        inputs.append((layer, given[0] if given else named["x"]))
 
     modes = {module: module.training for module in network.modules()}
     hooks = [layer.register_forward_pre_hook(note_attention, with_kwargs=True) for layer in attention_layers(network)]

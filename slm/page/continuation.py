@@ -1,7 +1,7 @@
 """Text that a model goes on with, one token after another, from any place of what it has written."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,8 @@ class Choice:
     alternatives: dict[int, tuple[float, float]]
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where a text is gone on with: all that the next token depends on beside the settings."""
 
     prompt: tuple[int, ...]
@@ -72,10 +73,11 @@ class Continuation:
 
     def next(self, place: Place, settings: Settings) -> Choice:
         """The token that the model writes at a place; raises InputError where the logits are not finite."""
-        steps = self._steps if self._at == place and self._steps is not None else self._go_to(place)
+        steps = self._steps if self._at == place else None
         self._settings, self._steps, self._at = settings, None, None  # until it is written
+        steps = steps or self._go_to(place)
         token = int(next(steps))
-        self._steps, self._at = steps, place._replace(written=(*place.written, token))
+        self._steps, self._at = steps, replace(place, written=(*place.written, token))
         return self._choice
 
     def _go_to(self, place: Place) -> Iterator[Tensor]:

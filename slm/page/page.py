@@ -298,8 +298,8 @@ class Page:
         self.panels.set_visibility(True)
         self.seen = seen
         sentences = [f"The text has {seen.num_tokens:,} tokens. The model sees its last {self.longest:,}, those below."]
-        if len(text) >= LONGEST_TEXT:
-            sentences.append(f"The box takes {LONGEST_TEXT:,} characters: what comes after them is left out.")
+        if len(text.encode("utf-16-le", "surrogatepass")) >= 2 * LONGEST_TEXT:  # as a browser counts
+            sentences.append(f"The box is full: it takes {LONGEST_TEXT:,} characters, and leaves out what comes after.")
         self.note.set_content(" ".join(sentences) if seen.num_tokens > self.longest else "")
         self.writing.begin(seen.tokens)
         self.figures.set_content(self._figures(seen))

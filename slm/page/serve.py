@@ -18,20 +18,22 @@ SECONDS_TO_COME_BACK = 120.0
 
 
 class OnlyOwnPages:
-    """Refuses what a page of another site asks for: browsers name it in each request that it makes.
+    """Refuses sockets and other requests in which a browser names another site as where they come from.
+
+    It names none where it only shows something, such as a page in a frame, which the other site cannot read.
 
     Args:
         app: what answers the others.
-        origins: of own pages.
     """
 
-    def __init__(self, app: ASGIApp, origins: list[str]) -> None:
-        self._app, self._origins = app, origins
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        origin = Headers(scope=scope).get("origin") if scope["type"] in ("http", "websocket") else None
-        if origin is None or origin in self._origins:
+        headers = Headers(scope=scope) if scope["type"] in ("http", "websocket") else Headers()
+        origin = headers.get("origin")
+        if origin is None or origin == f"http://{headers.get('host')}":
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await WebSocketClose(reason="another site")(scope, receive, send)
@@ -46,9 +48,8 @@ def serve(checkpoint: Checkpoint, host: str, port: int, show: bool) -> None:
     """
     worker = Worker()
     worker.interrupt(checkpoint.model.transformer)
-    hosts = [host, "localhost"]
-    app.add_middleware(OnlyOwnPages, origins=[f"http://{name}:{port}" for name in hosts])
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    app.add_middleware(OnlyOwnPages)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "localhost"])
     ui.run(  # assets are the package's own, and nothing is sent anywhere
         partial(Page, checkpoint, worker),
         host=host,

@@ -5,12 +5,13 @@ trial that was stopped goes on where it was.
 """
 
 import contextlib
-import inspect
 import re
 import statistics
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
@@ -23,10 +24,12 @@ from slm.research.points import Flags, Point, Points, Result, grid, key_of
 from slm.research.runs import compared_by
 from slm.watch.tensorboard import read_curves
 
-SEED = "--seed_everything"
+SEED, DATA_SEED = "--seed_everything", "--data.seed"
 RANGE = re.compile(r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)\.\.(-?\d+(?:\.\d+)?(?:e-?\d+)?)", re.IGNORECASE)
-OF_ONE_SEQUENCE = ("QMCSampler",)
-"""Samplers whose trials belong together, so that all have one seed."""
+UNFIT = ("BruteForceSampler", "QMCSampler")
+"""The one does what a sweep without `--trials` does, the other draws a sequence, where here trials are drawn alone."""
+NUM_REHEARSED = 12
+"""Trials after which samplers have begun to choose, and needed what they need."""
 LOGARITHMIC = 10
 """A range is searched in its logarithm if its ends differ by so many times."""
 SECONDS_TO_WAIT = 2.0
@@ -80,14 +83,9 @@ class Search:
         self._flags, self._points, self._num_trials = flags, points, num_trials
         self._trial: Any = None
         self.num_failed = 0
-        self._ranges = {name: found for name, values in flags if (found := as_range(values))}
-        self._choices = {name: list(values) for name, values in flags if len(values) > 1 and name != SEED}
-        check(
-            bool(self._ranges or self._choices),
-            "nothing is searched: give a flag several values, or a range like --model.learning_rate 0.0003..0.03",
-        )
+        self._suggest = partial(suggest, flags)
         self._optuna = optuna = _optuna()
-        self._sampler, made_pruner = chosen_classes(sampler, pruner)
+        self._sampler, made_pruner = checked(flags, sampler, pruner)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         journal = optuna.storages.journal.JournalFileBackend(str(points.folder / "study.journal"))
         self._name = key_of({"flags": [[name, list(values)] for name, values in flags]})
@@ -132,7 +130,7 @@ class Search:
                     self._sample_for(frozen.number)
                     study = self._storage.get_study_id_from_name(self._name)
                     trial = self._storage.get_trial_id_from_study_id_trial_number(study, frozen.number)
-                    self._trial = self._chosen(self._optuna.trial.Trial(self._study, trial))
+                    self._trial = self._suggest(self._optuna.trial.Trial(self._study, trial))
                     return claim
                 claim.close()
             trials = self._study.get_trials(deepcopy=False)
@@ -142,28 +140,13 @@ class Search:
             claim = contextlib.ExitStack()
             claim.enter_context(self._points.claimed(f"{self._name}-{number}"))
             self._sample_for(number)
-            self._trial = self._chosen(self._study.ask())
+            self._trial = self._suggest(self._study.ask())
             return claim
 
     def _sample_for(self, number: int) -> None:
         """Let what is drawn for a trial not depend on the process that draws it."""
-        of_sequence = 0 if self._sampler.__name__ in OF_ONE_SEQUENCE else number
-        digest = blake2b(f"{self._name} {of_sequence}".encode(), digest_size=4).digest()
-        self._study.sampler = _made(self._sampler, seed=int.from_bytes(digest, "big"))
-
-    def _chosen(self, trial: Any) -> Any:
-        """A trial with a value for each flag; one that was stopped keeps those that it has."""
-        try:
-            for name, found in self._ranges.items():
-                if found.is_whole:
-                    trial.suggest_int(name, int(found.low), int(found.high), log=found.is_logarithmic)
-                else:
-                    trial.suggest_float(name, found.low, found.high, log=found.is_logarithmic)
-            for name, values in self._choices.items():
-                trial.suggest_categorical(name, values)
-        except (ImportError, ValueError) as error:
-            raise InputError(f"sampler={self._sampler.__name__} cannot choose: {error}; give another") from error
-        return trial
+        digest = blake2b(f"{self._name} {number}".encode(), digest_size=4).digest()
+        self._study.sampler = self._sampler(seed=int.from_bytes(digest, "big"))
 
     def _points_of(self, params: Mapping[str, Any]) -> list[Point]:
         """The points of a trial, one for each seed."""
@@ -216,29 +199,50 @@ def _optuna() -> ModuleType:
     return optuna
 
 
-def chosen_classes(sampler: str, pruner: str) -> tuple[Any, Any]:
-    """The class of a sampler, and a pruner; raises InputError where Optuna has none of that name, or cannot make it."""
+def checked(flags: Flags, sampler: str, pruner: str) -> tuple[Any, Any]:
+    """The class of a sampler, and a pruner; raises InputError where a search of these flags cannot use them."""
     optuna = _optuna()
+    several = [name for name, values in flags if name == DATA_SEED and len(values) > 1]
+    check(not several, f"{DATA_SEED}: the best of a search in it would be the luckiest, give one")
+    is_searched = any(as_range(values) or len(values) > 1 for name, values in flags if name != SEED)
+    check(
+        is_searched, "nothing is searched: give a flag several values, or a range: --model.learning_rate 0.0003..0.03"
+    )
     kind = _class_of(optuna.samplers, "sampler", sampler)
-    _made(kind, seed=0)
-    return kind, _made(_class_of(optuna.pruners, "pruner", pruner))
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rehearsal = optuna.create_study(sampler=kind(seed=0))
+    try:
+        for number in range(NUM_REHEARSED):
+            rehearsal.tell(suggest(flags, rehearsal.ask()), float(number))
+    except (ImportError, ValueError) as error:
+        raise InputError(f"sampler={sampler} cannot be used here: {error}; give another") from error
+    return kind, _class_of(optuna.pruners, "pruner", pruner)()
+
+
+def suggest(flags: Flags, trial: Any) -> Any:
+    """A trial with a value for each flag that is searched; one that was stopped keeps those that it has."""
+    for name, values in flags:
+        if (found := as_range(values)) is not None:
+            kind, end = (trial.suggest_int, int) if found.is_whole else (trial.suggest_float, float)
+            kind(name, end(found.low), end(found.high), log=found.is_logarithmic)
+        elif len(values) > 1 and name != SEED:
+            trial.suggest_categorical(name, list(values))
+    return trial
 
 
 def _class_of(module: ModuleType, setting: str, name: str) -> Any:
     kinds = {kind: getattr(module, kind) for kind in dir(module) if kind.endswith(setting.capitalize())}
-    known = [kind for kind in kinds if not kind.startswith("Base") and not _needs_options(kinds[kind])]
+    known = [kind for kind in kinds if not kind.startswith("Base") and kind not in UNFIT and _is_made(kinds[kind])]
     check(name in known, f"{setting}={name}: give one of {', '.join(known)}")
     return kinds[name]
 
 
-def _needs_options(kind: Any) -> bool:
-    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return any(parameter.default is parameter.empty and parameter.kind in kinds for parameter in parameters)
-
-
-def _made(kind: Any, **options: Any) -> Any:
+def _is_made(kind: Any) -> bool:
+    """Whether a class can be used without options."""
     try:
-        return kind(**options)
-    except (TypeError, ValueError, ImportError) as error:
-        raise InputError(f"{kind.__name__} cannot be used here: {error}; give another") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some are new, and say so
+            kind()
+    except Exception:
+        return False
+    return True

@@ -20,7 +20,7 @@ JOB_FILE = "job"
 NAME = "SLM_JOB"
 """The environment variable that names a job, which trains one run, whoever starts it."""
 HELD = "SLM_HELD"
-"""One that says that the process which starts a run holds its standard input open, as long as it lives itself."""
+"""Set by a parent that keeps the standard input of a run open until it ends itself."""
 
 
 def end_with_holder() -> None:
@@ -28,8 +28,12 @@ def end_with_holder() -> None:
     if os.environ.pop(HELD, None) is None:
         return
 
+    held = os.dup(0)
+    with Path(os.devnull).open("rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+
     def wait() -> None:
-        os.read(0, 1)
+        os.read(held, 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
