@@ -57,7 +57,9 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 TARGETS = ["rank 0", "last rank", "all ranks", "launcher"]
 MOMENTS = ["starting", "training", "validation", "save", "closing", "evaluating"]
 LONGEST = 15.0
-"""Seconds until no process may be left."""
+"""Seconds until no process may be left, where the machine is free."""
+PATIENCE = 120.0
+"""Seconds after which the processes are taken to hang."""
 
 
 @dataclass
@@ -165,7 +167,7 @@ def stop(
     is_running = run.process.poll() is None
     run.send(signum, target, num)
     sent = time.monotonic()
-    while run.pids() and time.monotonic() < sent + 2 * LONGEST:
+    while run.pids() and time.monotonic() < sent + PATIENCE:
         time.sleep(0.05)
     seconds, problems = time.monotonic() - sent, []
     if left := run.pids():
@@ -185,8 +187,6 @@ def stop(
     fewest = 0 if has_ended or is_silent or not is_running else 1  # a process that starts may be alone to know
     if not fewest <= len(messages) <= 1 or ("Traceback" in said and not is_torchrun):
         problems.append(f"it said {said[-1500:]}")
-    if seconds > LONGEST:
-        problems.append(f"it took {seconds:.0f} seconds")
     last = run.folder / LAST
     if last.is_file():
         try:
@@ -224,6 +224,8 @@ def chain(folder: Path, reference: Path, name: str, num: int, rng: random.Random
         run = start(folder, *argv, **options, **slow)  # type: ignore[arg-type]
         at_moment(run, moment, rng)
         problems, seconds = stop(run, signum, target, num, is_torchrun, moment)
+        if seconds > LONGEST:
+            problems.append(f"it took {seconds:.0f} seconds")
         key = moment, signum.name
         found.tried[key] = found.tried.get(key, 0) + 1
         found.longest[key] = max(found.longest.get(key, 0.0), seconds)
