@@ -58,8 +58,6 @@ TARGETS = ["rank 0", "last rank", "all ranks", "launcher"]
 MOMENTS = ["starting", "training", "validation", "save", "closing", "evaluating"]
 LONGEST = 15.0
 """Seconds until no process may be left, where the machine is free."""
-PATIENCE = 120.0
-"""Seconds after which the processes are taken to hang."""
 
 
 @dataclass
