@@ -69,6 +69,8 @@ class Ladder:
         [base] = grid(flags)
         taken = [name for name, _ in flags if name.removeprefix("--") in self._flags(1, 1).keys() | VARIED]
         check(not taken, f"{', '.join(taken)}: the ladder sets that, leave it out")
+        if any(name in ("--config", "-c") for name, _ in flags):
+            say(f"whatever --config says, the ladder sets {', '.join(sorted(self._flags(1, 1).keys() | VARIED))}")
         settings = base.command().settings
         changed = [f"trainer.{name}" for name, usual in USUAL.items() if settings.trainer[name] not in (usual, None)]
         check(not changed, f"{', '.join(changed)}: every model of the ladder trains on its tokens, leave it out")

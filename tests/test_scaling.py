@@ -109,6 +109,17 @@ def test_what_makes_no_ladder_is_refused(
     assert not list(RUNS.glob("version_*"))
 
 
+def test_what_the_ladder_sets_in_place_of_a_file_of_settings_is_said(
+    workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("sizes.yaml").write_text("model: {hidden_dim: 7}")
+    with pytest.raises(SystemExit):
+        main([*TINY, "--config=sizes.yaml", "--tokens", "100", "8000", "9000"])
+    first, error = capsys.readouterr().err.splitlines()
+    assert first.startswith("whatever --config says, the ladder sets model.embed_dim, model.hidden_dim, ")
+    assert error.startswith("error: tokens=100 are 0 batches")
+
+
 @pytest.mark.slow
 def test_the_largest_model_is_foretold_before_it_is_trained(workdir: Path) -> None:
     argv = [*shlex.split(SCALING)[1:], *TINY, "--embed_dims", "8", "16", "32", "--tokens", "4096", "8192", "16400"]
