@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -63,23 +63,18 @@ class Options:
 
     def __post_init__(self) -> None:
         check(self.trials is None or self.trials >= 1, f"trials={self.trials} must be at least 1")
-        if self.trials is None:
-            usual = {field.name: field.default for field in fields(self)}
-            for name in ("sampler", "pruner"):
-                value = getattr(self, name)
-                check(value == usual[name], f"{name}={value}: only a search has one, add --trials N")
+        for name in ("sampler", "pruner"):
+            is_of_a_search = self.trials is None and getattr(self, name) != getattr(Options, name)
+            check(not is_of_a_search, f"{name}={getattr(self, name)}: only a search has one, add --trials N")
 
 
 def sweep(flags: Flags, options: Options) -> int:
     """Train the points of a sweep and print what they reached; returns how many failed."""
+    folder = Points(runs_of(corner(flags, 0).command()))
+    folder.make_folder()
     if options.trials is None:
-        points = grid(flags)
-        folder = Points(runs_of(points[0].command()))
-        folder.make_folder()
-        results, num_failed = train_all(folder, {folder.key(point): point for point in points})
+        results, num_failed = train_all(folder, {folder.key(point): point for point in grid(flags)})
     else:
-        folder = Points(runs_of(corner(flags, 0).command()))
-        folder.make_folder()
         search = Search(flags, folder, options.trials, options.sampler, options.pruner)
         results, num_failed = search.run(), search.num_failed
     if results:

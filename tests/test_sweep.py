@@ -147,9 +147,12 @@ def test_a_killed_sweep_goes_on_to_the_bits_of_runs_that_were_never_stopped(work
         assert "Traceback" not in said
     assert read_checkpoint(kept)["global_step"] < 120 * 4, "it was over before it was stopped: give it more epochs"
     assert run_command("-m", "slm.sweep", *argv, cwd=workdir).returncode == 0
-    run_command("-m", "slm.cli", *argv[:-3], "--seed_everything=3", "--trainer.default_root_dir=whole", cwd=workdir)
-    swept, whole = weights(RUNS / "version_0"), weights(Path("whole/runs/version_0"))
-    assert all(torch.equal(value, swept[name]) for name, value in whole.items())
+    for number, seed in enumerate((3, 4)):
+        run_command(
+            "-m", "slm.cli", *argv[:-3], f"--seed_everything={seed}", "--trainer.default_root_dir=whole", cwd=workdir
+        )
+        swept, whole = weights(RUNS / f"version_{number}"), weights(Path(f"whole/runs/version_{number}"))
+        assert all(torch.equal(value, swept[name]) for name, value in whole.items())
     assert {path.name for path in RUNS.iterdir()} == {"sweep", "version_0", "version_1"}
 
 

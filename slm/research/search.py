@@ -86,7 +86,6 @@ class Search:
         self._suggest = partial(suggest, flags)
         self._optuna = optuna = _optuna()
         self._sampler, made_pruner = checked(flags, sampler, pruner)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         journal = optuna.storages.journal.JournalFileBackend(str(points.folder / "study.journal"))
         self._name = key_of({"flags": [[name, list(values)] for name, values in flags]})
         self._storage = optuna.storages.JournalStorage(journal)
